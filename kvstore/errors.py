@@ -1,0 +1,97 @@
+"""The exceptions that kvstore raises, one tree.
+
+    KvstoreError
+    ├── TimeError         a time that cannot be read or does not fit (also a ValueError)
+    ├── SchemaError       a batch, field or schema that does not fit the stream (also a ValueError)
+    │   └── NoFillError   a field that some batches lack and that has no honest fill value
+    ├── StreamNotFound    no stream of that name in the store (also a KeyError)
+    ├── PacketError       malformed input on a byte stream; names packet number and byte offset
+    ├── DamageError       stored bytes that fail their checksum; names stream, field and time span
+    └── StoreError        the store itself
+        ├── StoreNotFound     no store at that path (also a FileNotFoundError)
+        ├── StoreFormatError  not a store, a truncated segment, or a newer format version
+        ├── StoreLocked       another process is writing; names its pid
+        ├── StoreClosed       the handle was closed, or is used in a forked child
+        └── DiskFull          no room; committed rows are intact, flush again once there is room
+
+Every message says what was found, what was expected and what to do. Errors of other
+libraries are translated once, where they are met, and kept as ``__cause__``.
+"""
+
+from __future__ import annotations
+
+
+class KvstoreError(Exception):
+    """Anything kvstore raises on purpose."""
+
+
+class TimeError(KvstoreError, ValueError):
+    """A time that cannot be read, or lies outside what the store can hold (1677-2262)."""
+
+
+class SchemaError(KvstoreError, ValueError):
+    """A batch, field or schema that does not fit the stream."""
+
+
+class NoFillError(SchemaError):
+    """Some batches in the range lack a requested field, and no fill value would be honest."""
+
+
+class StreamNotFound(KvstoreError, KeyError):
+    """The store holds no stream of that name."""
+
+    def __str__(self) -> str:
+        """The message itself: KeyError would print its repr."""
+        return str(self.args[0]) if self.args else ""
+
+
+class PacketError(KvstoreError, ValueError):
+    """Malformed input on a byte stream.
+
+    packet: number of the offending packet, from 0. offset: position in the stream of the
+    first byte of that packet's frame. whole: True where the frame itself was complete, so
+    that reading can go on behind it.
+    """
+
+    def __init__(self, reason: str, *, packet: int = 0, offset: int = 0, whole: bool = False):
+        super().__init__(f"packet {packet} at byte {offset}: {reason}")
+        self.reason = reason
+        self.packet = packet
+        self.offset = offset
+        self.whole = whole
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle by keyword: the constructor takes more than the message."""
+        return (_packet_error, (self.reason, self.packet, self.offset, self.whole))
+
+
+def _packet_error(reason: str, packet: int, offset: int, whole: bool) -> PacketError:
+    return PacketError(reason, packet=packet, offset=offset, whole=whole)
+
+
+class DamageError(KvstoreError):
+    """Stored bytes that fail their checksum, or an index entry whose block is missing."""
+
+
+class StoreError(KvstoreError):
+    """Something is wrong with the store as a whole."""
+
+
+class StoreNotFound(StoreError, FileNotFoundError):
+    """There is no store at that path."""
+
+
+class StoreFormatError(StoreError):
+    """Not a store, a truncated or foreign segment file, or a newer format version."""
+
+
+class StoreLocked(StoreError):
+    """Another process is writing to the store."""
+
+
+class StoreClosed(StoreError):
+    """The handle was closed, or is used in a process forked from the one that opened it."""
+
+
+class DiskFull(StoreError):
+    """No room on the disk. What was committed is intact; flush again once there is room."""
