@@ -1,0 +1,51 @@
+"""kvstore: an embedded, time-keyed store for sensor data.
+
+    with kvstore.open("run.kv", mode="w") as store:
+        store.stream("particles").append({"timestamps": t, "scattering": s, "spectral": p})
+
+    with kvstore.open("run.kv") as store:
+        for batch in store["particles"].read("2026-02-17T15:32:37", "2026-02-17T15:32:38"):
+            ...
+"""
+
+from kvstore.errors import (
+    DamageError,
+    DiskFull,
+    KvstoreError,
+    NoFillError,
+    PacketError,
+    SchemaError,
+    StoreClosed,
+    StoreError,
+    StoreFormatError,
+    StoreLocked,
+    StoreNotFound,
+    StreamNotFound,
+    TimeError,
+)
+from kvstore.schema import Field, Schema
+from kvstore.store import Store, StoreInfo, Stream, StreamStats
+from kvstore.store import open_store as open  # noqa: A004  # as in gzip.open: read kvstore.open
+
+__all__ = [
+    "DamageError",
+    "DiskFull",
+    "Field",
+    "KvstoreError",
+    "NoFillError",
+    "PacketError",
+    "Schema",
+    "SchemaError",
+    "Store",
+    "StoreClosed",
+    "StoreError",
+    "StoreFormatError",
+    "StoreInfo",
+    "StoreLocked",
+    "StoreNotFound",
+    "Stream",
+    "StreamNotFound",
+    "StreamStats",
+    "TimeError",
+    "open",
+]

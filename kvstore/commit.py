@@ -1,0 +1,264 @@
+"""The group committer: a queue of encoded batches -> transactions -> segments that roll.
+
+One thread takes whatever is queued, puts it into one LMDB transaction with the totals and
+marks that belong to it, and commits: after ``interval_s``, at GROUP_BYTES, or when flush
+asks. It owns the active segment and the store's state as last committed. A failed commit
+puts its group back at the head of the queue, in order; nothing is lost or overtaken.
+
+It never encodes and never looks at rows.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from kvstore import codec, libc
+from kvstore.errors import DiskFull, KvstoreError, StoreClosed, StoreError
+from kvstore.layout import Layout
+from kvstore.segment import (
+    MAP_SPARE_BYTES,
+    EncodedBatch,
+    Sealed,
+    Segment,
+    State,
+    StreamInfo,
+    Totals,
+    mark_key,
+    stream_record,
+    total_key,
+)
+
+GROUP_BYTES: Final = 32 << 20  # a commit of this size comes close to bare writes
+QUEUE_BYTES_MAX: Final = 64 << 20  # one group being committed while the next one gathers
+MANUAL_BYTES_MAX: Final = 1 << 30  # what may wait for flush where only flush commits
+RETRY_S: Final = 1.0  # after a failed commit, unless flush asks earlier
+
+
+@dataclass(slots=True)
+class Queued:
+    """One thing to commit: a batch, a stream's definition, or marks."""
+
+    size: int = 0
+    batch: EncodedBatch | None = None  # without its sequence and blocks, which come last
+    blocks: Sequence[Future[codec.Block]] | Sequence[codec.Block] = ()
+    define: StreamInfo | None = None
+    marks: Mapping[str, Any] | None = None
+
+
+class Committer:
+    """Owns the queue, the commit thread, the active segment and the committed state.
+
+    seal: called with ``lock`` held before a group is taken, to queue what is still staged.
+    staged_bytes: how much that would be.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        interval_s: float | None,
+        segment_bytes: int,
+        seal: Callable[[], None],
+    ):
+        self.lock = threading.Lock()
+        self.staged_bytes = 0
+        self._layout = layout
+        self._interval_s = interval_s
+        self._segment_bytes = segment_bytes
+        self._seal = seal
+        self._work = threading.Condition(self.lock)
+        self._progress = threading.Condition(self.lock)
+        self._queue: deque[Queued] = deque()
+        self._queued_bytes = 0
+        self._oldest_s: float | None = None
+        self._asked = self._answered = 0
+        self._failed_s = 0.0
+        self.error: BaseException | None = None
+        self._closing = False
+        number = layout.numbers()[-1]
+        self._segment = Segment.open(layout.segment_path(number), number, "write")
+        self.state: State = self._segment.state()
+        self._sequences = {
+            info.stream_id: self.state.stream_totals(info.stream_id).next_sequence
+            for info in self.state.streams.values()
+        }
+        self._thread = threading.Thread(target=self._run, name="kvstore-commit", daemon=True)
+        self._thread.start()
+
+    # ---- called by the writer, with the lock held ----
+
+    def put(self, item: Queued) -> None:
+        """Queue one thing; its batch is given the stream's next sequence."""
+        if item.batch is not None:
+            sequence = self._sequences.get(item.batch.stream_id, 0)
+            self._sequences[item.batch.stream_id] = sequence + 1
+            item.batch = item.batch._replace(sequence=sequence)
+        self._queue.append(item)
+        self._queued_bytes += item.size
+        self.note_rows()
+
+    def note_rows(self) -> None:
+        """Something waits to be committed: start the clock, wake the thread where it is due."""
+        if self._oldest_s is None:
+            self._oldest_s = time.monotonic()
+            self._work.notify()
+        elif self._queued_bytes + self.staged_bytes >= GROUP_BYTES:
+            self._work.notify()
+
+    def wait_for_room(self) -> None:
+        """Block while more than the queue's limit is held; returns early on an error."""
+        if self._interval_s is None and self._queued_bytes > MANUAL_BYTES_MAX:
+            raise StoreError(
+                f"{self._layout.path}: more than {MANUAL_BYTES_MAX} bytes wait for flush(): "
+                "flush more often, or open with a flush_interval_s"
+            )
+        if self._interval_s is not None and self._queued_bytes > QUEUE_BYTES_MAX:
+            self._progress.wait_for(lambda: self._queued_bytes <= QUEUE_BYTES_MAX or self.error)
+
+    def wait_until_durable(self) -> None:
+        """Ask for a commit of all that is queued or staged, and wait for it."""
+        self.error = None
+        self._asked += 1
+        ticket = self._asked
+        self._work.notify()
+        self._progress.wait_for(lambda: self._answered >= ticket or self.error)
+        self.raise_error()
+
+    def raise_error(self) -> None:
+        """Raise what the last commit failed with, if it failed."""
+        if isinstance(self.error, KvstoreError):
+            raise self.error
+        if self.error is not None:
+            raise StoreError(f"{self._layout.path}: commit failed: {self.error!r}") from self.error
+
+    # ---- without the lock ----
+
+    def close(self) -> None:
+        """Stop the thread and close the segment; what is still queued is given up."""
+        with self.lock:
+            self._closing = True
+            self._work.notify()
+        self._thread.join()
+        self._segment.close()
+
+    # ---- the commit thread ----
+
+    def _run(self) -> None:
+        while True:
+            with self.lock:
+                while not self._is_due():
+                    self._work.wait(self._patience_s())
+                if self._closing:
+                    return
+                self._seal()
+                group, ticket = list(self._queue), self._asked
+                self._queue.clear()
+                self._oldest_s = None
+            try:
+                self._commit(group)
+            except BaseException as error:  # noqa: BLE001  # handed to the next append or flush
+                self._failed(group, error)
+            else:
+                self._succeeded(group, ticket)
+
+    def _is_due(self) -> bool:
+        if self._closing or self._asked > self._answered and self.error is None:
+            return True
+        if self._oldest_s is None or self._interval_s is None:
+            return False
+        now = time.monotonic()
+        if self.error is not None:
+            return now >= self._failed_s + RETRY_S
+        full = self._queued_bytes + self.staged_bytes >= GROUP_BYTES
+        return full or now >= self._oldest_s + self._interval_s
+
+    def _patience_s(self) -> float | None:
+        if self._oldest_s is None or self._interval_s is None:
+            return None
+        due = self._failed_s + RETRY_S if self.error else self._oldest_s + self._interval_s
+        return max(0.0, due - time.monotonic())
+
+    def _failed(self, group: list[Queued], error: BaseException) -> None:
+        with self.lock:
+            self._queue.extendleft(reversed(group))
+            self._oldest_s = self._failed_s = time.monotonic()
+            self.error = error
+            self._progress.notify_all()
+
+    def _succeeded(self, group: list[Queued], ticket: int) -> None:
+        with self.lock:
+            self._queued_bytes -= sum(item.size for item in group)
+            self._answered = ticket
+            self.error = None
+            self._progress.notify_all()
+
+    def _commit(self, group: list[Queued]) -> None:
+        if group:
+            batches = [_finished(item) for item in group if item.batch is not None]
+            state, records = _next_state(self.state, batches, group)
+            size = sum(batch.stored_bytes for batch in batches)
+            with libc.early_writeback(self._segment.environment.path, size):
+                self._segment.commit(batches, records)
+            self.state = state
+        environment = self._segment.environment
+        limit = min(self._segment_bytes, environment.map_bytes() - MAP_SPARE_BYTES)
+        if environment.used_bytes() >= limit:
+            with suppress(DiskFull):  # tried again after the next commit
+                self._roll()
+
+    def _roll(self) -> None:
+        old, path = self.state, self._segment.environment.path
+        sealed = Sealed(
+            old.number,
+            path.stat().st_size,
+            old.last_commit_ns,
+            {key: totals for key, totals in old.totals.items() if totals.rows},
+        )
+        state = replace(
+            old,
+            number=old.number + 1,
+            created_ns=time.time_ns(),
+            totals={key: Totals(next_sequence=t.next_sequence) for key, t in old.totals.items()},
+            sealed={**old.sealed, old.number: sealed},
+        )
+        fresh = Segment.open(self._layout.roll(state, self._segment_bytes), state.number, "write")
+        self._segment.close()
+        self._segment, self.state = fresh, state
+        path.with_name(path.name + "-lock").unlink(missing_ok=True)
+
+
+def _finished(item: Queued) -> EncodedBatch:
+    assert item.batch is not None
+    blocks = [block.result() if isinstance(block, Future) else block for block in item.blocks]
+    return item.batch._replace(blocks=blocks)
+
+
+def _next_state(
+    old: State, batches: Sequence[EncodedBatch], group: Sequence[Queued]
+) -> tuple[State, dict[bytes, Any]]:
+    """The state once the group is committed, and the meta records that say so."""
+    state = replace(
+        old,
+        last_commit_ns=time.time_ns(),
+        streams=dict(old.streams),
+        totals=dict(old.totals),
+        marks=dict(old.marks),
+    )
+    records: dict[bytes, Any] = {b"commit": state.last_commit_ns}
+    for batch in batches:
+        totals = state.totals.get(batch.stream_id, Totals()).plus(batch.totals)
+        state.totals[batch.stream_id] = records[total_key(batch.stream_id)] = totals
+    for item in group:
+        if item.define:
+            state.streams[item.define.name] = item.define
+            records |= stream_record(item.define)
+        for name, value in (item.marks or {}).items():
+            state.marks[name] = records[mark_key(name)] = value
+    return state, records

@@ -1,0 +1,334 @@
+"""One LMDB file, opened carefully, once in this process, and shared by all who use it.
+
+Only this module imports lmdb. It owns: the check of the file before LMDB maps it (an empty
+file would silently become an empty database, a truncated one kills the process on read), the
+process-wide table of open files (LMDB forbids opening one twice), locking by readers, and the
+translation of LMDB's errors. It knows nothing of what the tables hold.
+
+An environment is opened in one of three ways:
+
+* *write*: the active segment, by the one writing process; sync=True always.
+* *shared*: the active segment, for reading while a writer lives; takes a reader slot.
+* *alone*: a sealed segment, or the active one while nobody writes; no lock file is touched,
+  not a byte of the store changes.
+
+What was opened *alone* changes to *shared* by itself once a writer appears, which it sees by
+the writer lock's content. Transactions are short: memory that they show must be copied before
+they end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import lmdb
+
+from kvstore.errors import DiskFull, StoreClosed, StoreError, StoreFormatError
+
+Mode = Literal["write", "shared", "alone"]
+Txn = Any  # lmdb.Transaction[memoryview]; lmdb's own stubs differ between 2.x and 3.x
+
+TABLES: Final = (b"index", b"blocks", b"order", b"meta")
+READERS_MAX: Final = 1022  # 64 bytes each in the lock file
+FILE_MODE: Final = 0o664  # group-writable: readers need the lock file
+_MAP_BYTES_ALONE: Final = 1 << 20  # LMDB raises it to the size of a file that does not grow
+_MAP_BYTES_OF_FILE: Final = 0  # the range that the file was created with: the same for all
+_META_BYTES: Final = 4096
+_META: Final = struct.Struct("<16xIIQQ")  # page header, magic, version, address, map size
+_META_TAIL: Final = struct.Struct("<QQ")  # last page, transaction id
+_META_TAIL_OFFSET: Final = 16 + 24 + 2 * 48
+_MAGIC: Final = 0xBEEFC0DE
+_FORMAT_0_9: Final = 1
+_ENGINE_0_9: Final = {"lib_version": 0} if hasattr(lmdb.Environment, "lib_version") else {}
+
+_opened: dict[tuple[int, int], Environment] = {}
+_opened_lock = threading.Lock()
+_inherited: list[object] = []  # what a forked child must neither use nor close
+
+
+def _forget_in_child() -> None:
+    global _opened_lock  # noqa: PLW0603  # the parent's lock may be held by a thread that is gone
+    for environment in _opened.values():
+        environment.disown()
+    _inherited.append(dict(_opened))
+    _opened.clear()
+    _opened_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+class Environment:
+    """A reference-counted LMDB environment; get one from ``open_environment``."""
+
+    def __init__(self, path: Path, mode: Mode, writer: Callable[[], bytes]):
+        self.path = path
+        self._writer = writer
+        self._references = 0
+        self._users = 0
+        self._changed = threading.Condition()
+        self._disowned = False
+        self._open(mode)
+
+    def _open(self, mode: Mode) -> None:
+        self.mode = mode
+        self._seen_writer = self._writer() if mode == "alone" else b""
+        check_file(self.path)
+        with translated(self.path):
+            self._env: Any = lmdb.open(
+                str(self.path),
+                map_size=_MAP_BYTES_ALONE if mode == "alone" else _MAP_BYTES_OF_FILE,
+                subdir=False,
+                readonly=mode != "write",
+                lock=mode != "alone",
+                create=False,
+                mode=FILE_MODE,
+                max_dbs=len(TABLES),
+                max_readers=READERS_MAX,
+                **_ENGINE_0_9,
+            )
+            self.page_bytes: int = self._env.stat()["psize"]
+            if mode != "alone":
+                self._env.reader_check()
+            self.index, self.blocks, self.order, self.meta = (
+                self._env.open_db(name, create=False) for name in TABLES
+            )
+
+    @contextmanager
+    def read(self) -> Iterator[Txn]:
+        """A read transaction on the last commit; keep it short, copy what you need."""
+        self._enter()
+        try:
+            with translated(self.path), self._env.begin(buffers=True) as txn:
+                yield txn
+        finally:
+            self._leave()
+
+    @contextmanager
+    def write(self, needed_bytes: int) -> Iterator[Txn]:
+        """A write transaction: durable once the block ends, undone if it raises.
+
+        needed_bytes: about what it will write, to tell a full disk from a broken one. After a
+        failed commit the environment is opened anew, as LMDB allows no other way on.
+        """
+        self._enter()
+        try:
+            with translated(self.path, needed_bytes), self._env.begin(write=True) as txn:
+                yield txn
+        except StoreError:
+            self._leave()
+            self._reopen("write")
+            raise
+        except BaseException:
+            self._leave()
+            raise
+        self._leave()
+
+    def last_commit(self) -> int:
+        """Number of the last commit, LMDB's transaction id; cheap, needs no transaction."""
+        self._enter()
+        try:
+            number: int = self._env.info()["last_txnid"]
+            return number
+        finally:
+            self._leave()
+
+    def used_bytes(self) -> int:
+        """Bytes of the file that are in use, from its start."""
+        self._enter()
+        try:
+            return (int(self._env.info()["last_pgno"]) + 1) * self.page_bytes
+        finally:
+            self._leave()
+
+    def map_bytes(self) -> int:
+        """The file's address range, which it cannot outgrow."""
+        self._enter()
+        try:
+            return int(self._env.info()["map_size"])
+        finally:
+            self._leave()
+
+    def disown(self) -> None:
+        """In a forked child: make every later use raise."""
+        self._disowned = True
+
+    def share(self) -> None:
+        """Take one more reference."""
+        with _opened_lock:
+            self._references += 1
+
+    def close(self) -> None:
+        """Give up one reference; the last one closes the file."""
+        with _opened_lock:
+            self._references -= 1
+            if self._references or self._disowned:
+                return
+            for key in [key for key, value in _opened.items() if value is self]:
+                del _opened[key]
+        self._shut()
+
+    def _enter(self) -> None:
+        if self._disowned:
+            raise StoreClosed(
+                f"{self.path}: opened before this process was forked; open the store again here"
+            )
+        if self.mode == "alone" and self._writer() != self._seen_writer:
+            self._reopen("shared" if _lock_path(self.path).exists() else "alone")
+        with self._changed:
+            self._users += 1
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._users -= 1
+            self._changed.notify_all()
+
+    def _reopen(self, mode: Mode) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._users)
+            self._env.close()
+            self._open(mode)
+
+    def _shut(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._users)
+            self._env.close()
+
+
+def open_environment(
+    path: Path, mode: Mode, *, writer: Callable[[], bytes] = bytes
+) -> Environment:
+    """Open a file, or share it where this process has it open already.
+
+    writer: gives the content of the writer lock, which changes whenever a writer starts.
+    """
+    with _opened_lock:
+        with translated(path):
+            found = path.stat()
+        key = (found.st_dev, found.st_ino)
+        environment = _opened.get(key)
+        if environment is None:
+            environment = _opened[key] = Environment(path, mode, writer)
+        elif mode == "write" and environment.mode != "write":
+            environment._reopen("write")  # noqa: SLF001
+        environment._references += 1  # noqa: SLF001
+        return environment
+
+
+def create_environment(path: Path, map_bytes: int, fill: Callable[[Txn, Any], None]) -> None:
+    """Make a new file with empty tables and what ``fill(txn, meta)`` puts; durable on return.
+
+    map_bytes: address range that the file is given for life; it can never grow past it.
+
+    lock=False: the file gets its final name later, and a lock file's name would not follow.
+    """
+    with suppress(FileNotFoundError):
+        path.unlink()
+    with translated(path, needed_bytes=1 << 16):
+        env = lmdb.open(
+            str(path),
+            map_size=map_bytes,
+            subdir=False,
+            lock=False,
+            mode=FILE_MODE,
+            max_dbs=len(TABLES),
+            **_ENGINE_0_9,
+        )
+        try:
+            with env.begin(write=True) as txn:
+                tables = {name: env.open_db(name, txn=txn) for name in TABLES}
+                fill(txn, tables[b"meta"])
+        finally:
+            env.close()
+
+
+def check_file(path: Path) -> None:
+    """Raise StoreFormatError unless the file is LMDB 0.9's and as long as it claims to be."""
+    with translated(path), path.open("rb") as file:
+        metas = [_read_meta(file.read(_META_BYTES))]
+        page_bytes = metas[0][2] if metas[0] else _META_BYTES
+        file.seek(page_bytes)
+        metas.append(_read_meta(file.read(_META_BYTES)))
+        size = os.fstat(file.fileno()).st_size
+    found = [meta for meta in metas if meta]
+    if not found:
+        raise StoreFormatError(
+            f"{path}: no LMDB 0.9 file ({size} bytes): damaged or foreign; "
+            "restore it from a backup, or move it away to use the rest of the store"
+        )
+    _, last_page, page_bytes = max(found)
+    if size < (last_page + 1) * page_bytes:
+        raise StoreFormatError(
+            f"{path}: truncated: {size} bytes, expected at least {(last_page + 1) * page_bytes}; "
+            "restore it from a backup, or move it away to use the rest of the store"
+        )
+
+
+def _read_meta(page: bytes) -> tuple[int, int, int] | None:
+    """(transaction id, last page, page size) of one of the file's two meta pages."""
+    if len(page) < _META_TAIL_OFFSET + _META_TAIL.size:
+        return None
+    magic, version, _, _ = _META.unpack_from(page)
+    if (magic, version) != (_MAGIC, _FORMAT_0_9):
+        return None
+    (page_bytes,) = struct.unpack_from("<I", page, 16 + 24)
+    last_page, txn_id = _META_TAIL.unpack_from(page, _META_TAIL_OFFSET)
+    return txn_id, last_page, page_bytes
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(path.name + "-lock")
+
+
+@contextmanager
+def translated(path: Path, needed_bytes: int = 0) -> Iterator[None]:
+    """Turn LMDB's and the system's errors into ours, naming the file and the remedy."""
+    try:
+        yield
+    except lmdb.Error as error:
+        raise _translate(error, path, needed_bytes) from error
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(path) from error
+        raise StoreError(f"{path}: {error.strerror or error}") from error
+
+
+def _translate(error: lmdb.Error, path: Path, needed_bytes: int) -> StoreError:
+    code = getattr(error, "code", 0)
+    if code in (errno.ENOSPC, errno.EDQUOT) or (
+        needed_bytes and "Input/output" in str(error) and _free_bytes(path) < needed_bytes
+    ):
+        return _disk_full(path)
+    if isinstance(error, lmdb.MapFullError):
+        return StoreError(f"{path}: one commit outgrew the segment's address range: {error}")
+    if isinstance(error, lmdb.ReadersFullError):
+        return StoreError(f"{path}: more than {READERS_MAX} readers at once; close some")
+    if isinstance(error, lmdb.LockError | lmdb.ReadonlyError) or "denied" in str(error):
+        return StoreError(
+            f"{path}: reading while a writer runs needs write permission for the lock file "
+            f"{_lock_path(path).name}: {error}"
+        )
+    if isinstance(error, lmdb.CorruptedError | lmdb.InvalidError | lmdb.PageNotFoundError):
+        return StoreFormatError(f"{path}: damaged: {error}; restore it from a backup")
+    return StoreError(f"{path}: {error}")
+
+
+def _free_bytes(path: Path) -> int:
+    found = os.statvfs(path.parent)
+    return found.f_bavail * found.f_frsize
+
+
+def _disk_full(path: Path) -> DiskFull:
+    return DiskFull(
+        f"{path.parent}: no room on the disk ({_free_bytes(path)} bytes free); what was committed "
+        "is intact: make room and go on"
+    )

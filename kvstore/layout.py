@@ -1,0 +1,174 @@
+"""A store's directory: its names, its identity file, the writer lock, making new segments.
+
+    run.kv/store.msgpack           format version, store id, creation time; written last
+    run.kv/writer.lock             flock held by the writing process; holds its pid and start
+    run.kv/segments/00000001.mdb   the segments; the highest number is the active one
+
+Every change of a name is followed by an fsync of its folder before anything relies on it.
+Clocks and randomness are taken here, at the edge.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from kvstore import codec
+from kvstore.environment import translated
+from kvstore.errors import DamageError, StoreFormatError, StoreLocked, StoreNotFound
+from kvstore.segment import FORMAT, State, create_segment
+
+_IDENTITY: Final = "store.msgpack"
+_LOCK: Final = "writer.lock"
+_SEGMENTS: Final = "segments"
+_LOCK_TRIES: Final = 25  # a reader's probe holds the lock for microseconds: 0.5 s is ample
+_LOCK_WAIT_S: Final = 0.02
+
+
+class Layout:
+    """The paths of one store, and the acts that change its directory."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.segments = self.path / _SEGMENTS
+
+    def segment_path(self, number: int) -> Path:
+        """Where a segment's file is."""
+        return self.segments / f"{number:08d}.mdb"
+
+    def numbers(self) -> list[int]:
+        """Numbers of the segments there are, ascending; the last is the active one."""
+        names = os.listdir(self.segments)
+        return sorted(int(name[:-4]) for name in names if name.endswith(".mdb"))
+
+    def exists(self) -> bool:
+        """Whether a store stands here; a creation cut short does not count."""
+        return (self.path / _IDENTITY).is_file()
+
+    def store_id(self) -> bytes:
+        """The id given at creation; StoreNotFound or StoreFormatError where there is none."""
+        if not self.exists():
+            raise StoreNotFound(f"{self.path}: no store here; create one with mode='w'")
+        with translated(self.path):
+            data = (self.path / _IDENTITY).read_bytes()
+        try:
+            version, store_id, _ = codec.unpacked(data, _IDENTITY)
+        except (DamageError, ValueError) as error:
+            raise StoreFormatError(f"{self.path}: {_IDENTITY} is damaged: {error}") from error
+        if version != FORMAT:
+            raise StoreFormatError(
+                f"{self.path}: format version {version}, this kvstore reads {FORMAT}: "
+                "use the kvstore release that wrote it, or a newer one"
+            )
+        return bytes(store_id)
+
+    def create(self, segment_bytes: int) -> None:
+        """Make an empty store; a creation that was cut short is done again from the start."""
+        state = State(uuid.uuid4().bytes, 1, time.time_ns())
+        self.roll(state, segment_bytes)
+        identity = codec.packed([FORMAT, state.store_id, state.created_ns])
+        _write_durably(self.path / _IDENTITY, identity)
+
+    def prepare(self) -> None:
+        """Make the store's folders, durably; refuse a folder that holds something else."""
+        known = {_LOCK, _SEGMENTS, _IDENTITY + ".tmp"}
+        with translated(self.path):
+            found = set(os.listdir(self.path)) if self.path.exists() else set()
+            if foreign := sorted(found - known):
+                raise StoreFormatError(
+                    f"{self.path}: a folder with other files ({foreign[0]}, …), not a store; "
+                    "give the store a folder of its own"
+                )
+            for folder in (self.path, self.segments):
+                folder.mkdir(exist_ok=True)
+                sync_folder(folder.parent)
+
+    def roll(self, state: State, segment_bytes: int) -> Path:
+        """Make the segment that ``state`` describes under its final name, durably."""
+        final = self.segment_path(state.number)
+        fresh = final.with_suffix(".tmp")
+        create_segment(fresh, state, segment_bytes)
+        with translated(final):
+            fresh.rename(final)
+            sync_folder(self.segments)
+        return final
+
+    def tidy(self) -> None:
+        """Remove what a roll cut short left behind, and lock files of sealed segments."""
+        active = self.segment_path(self.numbers()[-1]).name
+        with translated(self.segments):
+            for entry in os.listdir(self.segments):
+                if entry.endswith(".tmp") or (
+                    entry.endswith(".mdb-lock") and not entry.startswith(active)
+                ):
+                    (self.segments / entry).unlink(missing_ok=True)
+
+    def writer(self) -> bytes:
+        """What the writer lock says: changes whenever a writer starts; cheap."""
+        try:
+            return (self.path / _LOCK).read_bytes()
+        except OSError:
+            return b""
+
+    def has_writer(self) -> bool:
+        """Whether some process is writing now."""
+        with suppress(OSError), (self.path / _LOCK).open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+
+class WriterLock:
+    """The store's one writing process: held until ``release`` or the process's end."""
+
+    def __init__(self, layout: Layout):
+        self._path = layout.path / _LOCK
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
+        for _ in range(_LOCK_TRIES):
+            with suppress(BlockingIOError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(_LOCK_WAIT_S)
+        else:
+            holder = os.pread(self._fd, 64, 0).split()
+            os.close(self._fd)
+            pid = holder[0].decode() if holder else "unknown"
+            raise StoreLocked(
+                f"{layout.path}: process {pid} is writing to this store; wait until it ends, "
+                "or read instead: any number of readers may be open"
+            )
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, b"%d %d\n" % (os.getpid(), time.time_ns()), 0)
+
+    def release(self) -> None:
+        """Let the next writer in."""
+        os.close(self._fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    fresh = path.with_name(path.name + ".tmp")
+    with translated(path):
+        with fresh.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.rename(path)
+        sync_folder(path.parent)
+
+

@@ -1,0 +1,404 @@
+"""The tables of one segment: put a group of batches, scan them by time, fetch their blocks.
+
+Tables (docs/format.md has the bytes): *index*: key -> what a batch is; *blocks*: key + field
+number -> a block; *order*: stream, sequence -> key; *meta*: identity, streams, totals, marks
+and the summary of every sealed segment.
+
+A key is stream id, span class, time, sequence. The span class is the bit length of the
+batch's own time span, so that a scan seeks, in each class, just as far before ``start`` as a
+batch of that class can reach. No transaction outlives a call; scans come in pages and seek
+again, so a slow reader pins nothing.
+"""
+
+from __future__ import annotations
+
+import heapq
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from kvstore import codec
+from kvstore.environment import Environment, Txn, create_environment, open_environment
+from kvstore.errors import DamageError, StoreError, StoreFormatError
+from kvstore.schema import Array, Field, Schema
+from kvstore.timestamps import decode_key, encode_key, seek_ns, span_class
+
+FORMAT: Final = 1
+INLINE_BYTES: Final = 256  # smaller blocks live in the index record: no page of their own
+PAGE_ENTRIES: Final = 256  # index records per transaction of a scan: about 50 µs
+MAP_SPARE_BYTES: Final = 4 << 30  # address range beyond segment_bytes: no commit is that large
+OnDamage = Callable[[DamageError], None]
+_SPAN_CLASSES: Final = 65
+_STREAM: Final = struct.Struct(">I")
+_STREAM_CLASS: Final = struct.Struct(">IB")
+_SEQUENCE: Final = struct.Struct(">IQ")
+_NUMBER: Final = struct.Struct(">H")
+_TIME_OFFSET: Final = 5
+
+
+class Totals(NamedTuple):
+    """What a segment holds of one stream. first, last: in the stream's own time type."""
+
+    rows: int = 0
+    batches: int = 0
+    raw_bytes: int = 0
+    stored_bytes: int = 0
+    first: Any = None
+    last: Any = None
+    next_sequence: int = 0
+
+    def plus(self, other: Totals) -> Totals:
+        """Both together; next_sequence is the later one."""
+        if not other.rows:
+            return self._replace(next_sequence=max(self.next_sequence, other.next_sequence))
+        return Totals(
+            self.rows + other.rows,
+            self.batches + other.batches,
+            self.raw_bytes + other.raw_bytes,
+            self.stored_bytes + other.stored_bytes,
+            other.first if self.first is None else min(self.first, other.first),
+            other.last if self.last is None else max(self.last, other.last),
+            max(self.next_sequence, other.next_sequence),
+        )
+
+
+class StreamInfo(NamedTuple):
+    """A stream as the meta table holds it. versions: field counts that its schema has had."""
+
+    stream_id: int
+    name: str
+    schema: Schema
+    versions: tuple[int, ...]
+
+
+class Sealed(NamedTuple):
+    """The one-line summary of a sealed segment, carried by every later one."""
+
+    number: int
+    file_bytes: int
+    last_commit_ns: int
+    totals: dict[int, Totals]
+
+
+@dataclass(slots=True)
+class State:
+    """All of a segment's meta table: what the store is as of one commit."""
+
+    store_id: bytes
+    number: int
+    created_ns: int
+    last_commit_ns: int = 0
+    streams: dict[str, StreamInfo] = field(default_factory=dict)
+    totals: dict[int, Totals] = field(default_factory=dict)
+    marks: dict[str, Any] = field(default_factory=dict)
+    sealed: dict[int, Sealed] = field(default_factory=dict)
+
+    def stream_totals(self, stream_id: int) -> Totals:
+        """A stream's totals over the whole store."""
+        total = Totals()
+        for summary in self.sealed.values():
+            total = total.plus(summary.totals.get(stream_id, Totals()))
+        return total.plus(self.totals.get(stream_id, Totals()))
+
+
+class EncodedBatch(NamedTuple):
+    """A batch ready to be put: its blocks are compressed, its sequence is assigned."""
+
+    stream_id: int
+    first_ns: int
+    last_ns: int
+    first: Any
+    last: Any
+    rows: int
+    sequence: int = 0
+    blocks: Sequence[codec.Block] = ()
+
+    @property
+    def totals(self) -> Totals:
+        """What this batch adds to its stream."""
+        raw_bytes = sum(block.raw_bytes for block in self.blocks)
+        size = self.stored_bytes
+        return Totals(self.rows, 1, raw_bytes, size, self.first, self.last, self.sequence + 1)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the blocks as stored."""
+        return sum(len(block.data) for block in self.blocks)
+
+
+class Entry(NamedTuple):
+    """An index record: what a scan yields. blocks: (codec, raw, stored, checksum[, data])."""
+
+    key: bytes
+    rows: int
+    first: Any
+    last: Any
+    blocks: Sequence[Sequence[Any]]
+
+    @property
+    def order(self) -> bytes:
+        """Sorts entries of all classes and segments by time, then by arrival."""
+        return self.key[_TIME_OFFSET:]
+
+    @property
+    def sequence(self) -> int:
+        """Arrival number of the batch in its stream."""
+        return decode_key(self.key[_TIME_OFFSET:])[1]
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the rows when decompressed."""
+        return sum(block[1] for block in self.blocks)
+
+
+class Segment:
+    """One segment, open for reading or writing."""
+
+    def __init__(self, number: int, environment: Environment):
+        self.number = number
+        self.environment = environment
+
+    @classmethod
+    def open(
+        cls, path: Path, number: int, mode: Any, *, writer: Callable[[], bytes] = bytes
+    ) -> Segment:
+        """Open the file and check that it is that segment; mode as in environment.py."""
+        environment = open_environment(path, mode, writer=writer)
+        segment = cls(number, environment)
+        try:
+            segment._check_identity()
+        except BaseException:
+            environment.close()
+            raise
+        return segment
+
+    def shared(self) -> Segment:
+        """Another handle on the same open file."""
+        self.environment.share()
+        return Segment(self.number, self.environment)
+
+    def close(self) -> None:
+        """Give up this handle's share of the file."""
+        self.environment.close()
+
+    def _check_identity(self) -> None:
+        with self.environment.read() as txn:
+            identity = _identity(self.environment, txn)
+        if identity[0] != FORMAT:
+            raise StoreFormatError(
+                f"{self.environment.path}: format version {identity[0]}, this kvstore reads "
+                f"{FORMAT}: use the kvstore release that wrote it, or a newer one"
+            )
+        if identity[2] != self.number:
+            raise StoreFormatError(
+                f"{self.environment.path}: holds segment {identity[2]}: renamed? Give it its name"
+            )
+
+    def state(self) -> State:
+        """The whole meta table as of the last commit."""
+        with self.environment.read() as txn:
+            _, store_id, number, created_ns = _identity(self.environment, txn)
+            state = State(store_id, number, created_ns)
+            with txn.cursor(self.environment.meta) as cursor:
+                for key, value in cursor:
+                    _read_meta_record(state, bytes(key), codec.unpacked(value, f"meta {key!r}"))
+        return state
+
+    def entries(
+        self, stream_id: int, start_ns: int, stop_ns: int, *, on_damage: OnDamage
+    ) -> Iterator[Entry]:
+        """Index records of batches that may reach into the range, in key order.
+
+        on_damage: called for a record that cannot be read; if it returns, the scan goes on.
+        """
+        classes = [
+            self._class_entries(stream_id, span, start_ns, stop_ns, on_damage)
+            for span in self._classes(stream_id)
+        ]
+        return heapq.merge(*classes, key=_order) if len(classes) != 1 else classes[0]
+
+    def _classes(self, stream_id: int) -> list[int]:
+        found: list[int] = []
+        with self.environment.read() as txn, txn.cursor(self.environment.index) as cursor:
+            span = 0
+            while span < _SPAN_CLASSES and cursor.set_range(_STREAM_CLASS.pack(stream_id, span)):
+                stream, span = _STREAM_CLASS.unpack_from(cursor.key())
+                if stream != stream_id:
+                    break
+                found.append(span)
+                span += 1
+        return found
+
+    def _class_entries(
+        self, stream_id: int, span: int, start_ns: int, stop_ns: int, on_damage: OnDamage
+    ) -> Iterator[Entry]:
+        prefix = _STREAM_CLASS.pack(stream_id, span)
+        seek = prefix + encode_key(seek_ns(start_ns, span), 0)
+        end = prefix + encode_key(stop_ns, 2**64 - 1)
+        while True:
+            page = self._page(seek, end)
+            for key, value in page:
+                try:
+                    entry = _entry(key, value)
+                except DamageError as error:
+                    on_damage(error)
+                else:
+                    yield entry
+            if len(page) < PAGE_ENTRIES:
+                return
+            seek = page[-1][0] + b"\0"
+
+    def _page(self, seek: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
+        page: list[tuple[bytes, bytes]] = []
+        with self.environment.read() as txn, txn.cursor(self.environment.index) as cursor:
+            more = cursor.set_range(seek)
+            while more and len(page) < PAGE_ENTRIES:
+                key = bytes(cursor.key())
+                if key > end:
+                    break
+                page.append((key, bytes(cursor.value())))
+                more = cursor.next()
+        return page
+
+    def fetch(
+        self, entry: Entry, wanted: Sequence[tuple[int, Field]], *, verify: bool = True
+    ) -> list[Array]:
+        """The blocks of these fields, (number, field), decoded into new memory."""
+        with self.environment.read() as txn:
+            return [
+                self._decode(txn, entry, number, field_, verify=verify) for number, field_ in wanted
+            ]
+
+    def _decode(
+        self, txn: Txn, entry: Entry, number: int, field_: Field, *, verify: bool
+    ) -> Array:
+        kind, raw_bytes, stored_bytes, expected, *inline = entry.blocks[number]
+        if inline:
+            data = memoryview(inline[0])
+        else:
+            data = txn.get(entry.key + _NUMBER.pack(number), db=self.environment.blocks)
+        if data is None or len(data) != stored_bytes:
+            raise DamageError(f"field {field_.name!r}: its block is missing or cut short")
+        try:
+            return codec.decode(
+                data, kind, raw_bytes, expected, field_, rows=entry.rows, verify=verify
+            )
+        except DamageError as error:
+            raise DamageError(f"field {field_.name!r}: {error}") from error
+
+    def commit(self, batches: Iterable[EncodedBatch], records: dict[bytes, Any]) -> None:
+        """One transaction: the batches, and meta records by key; durable on return."""
+        batches = list(batches)
+        needed = sum(batch.stored_bytes for batch in batches) + (1 << 20)
+        with self.environment.write(needed) as txn:
+            for batch in batches:
+                self._put(txn, batch)
+            for key, record in records.items():
+                txn.put(key, codec.packed(record), db=self.environment.meta)
+
+    def _put(self, txn: Txn, batch: EncodedBatch) -> None:
+        span = span_class(batch.first_ns, batch.last_ns)
+        tail = encode_key(batch.first_ns, batch.sequence)
+        key = _STREAM_CLASS.pack(batch.stream_id, span) + tail
+        listed = []
+        for number, block in enumerate(batch.blocks):
+            size = len(block.data)
+            entry = [block.codec, block.raw_bytes, size, block.checksum]
+            if size < INLINE_BYTES:
+                entry.append(bytes(block.data))
+            else:
+                txn.put(key + _NUMBER.pack(number), block.data, db=self.environment.blocks)
+            listed.append(entry)
+        record = [key, batch.rows, batch.first, batch.last, listed]
+        order_key = _SEQUENCE.pack(batch.stream_id, batch.sequence)
+        fresh = txn.put(key, codec.packed(record), overwrite=False, db=self.environment.index)
+        if not fresh or not txn.put(order_key, key[4:], overwrite=False, db=self.environment.order):
+            raise StoreError(
+                f"{self.environment.path}: sequence {batch.sequence} of stream "
+                f"{batch.stream_id} is there already; please report this"
+            )
+
+
+def create_segment(path: Path, state: State, segment_bytes: int) -> None:
+    """Make a segment file that holds no rows yet but all of ``state``; durable on return."""
+
+    def fill(txn: Txn, meta: Any) -> None:
+        for key, record in meta_records(state).items():
+            txn.put(key, codec.packed(record), db=meta)
+
+    create_environment(path, segment_bytes + MAP_SPARE_BYTES, fill)
+
+
+def meta_records(state: State) -> dict[bytes, Any]:
+    """A state as meta records; docs/format.md describes each."""
+    records: dict[bytes, Any] = {
+        b"identity": [FORMAT, state.store_id, state.number, state.created_ns],
+        b"commit": state.last_commit_ns,
+    }
+    for info in state.streams.values():
+        records |= stream_record(info)
+    for stream_id, totals in state.totals.items():
+        records[b"total:" + _STREAM.pack(stream_id)] = totals
+    for name, value in state.marks.items():
+        records[mark_key(name)] = value
+    for sealed in state.sealed.values():
+        records[b"sealed:" + struct.pack(">Q", sealed.number)] = sealed
+    return records
+
+
+def stream_record(info: StreamInfo) -> dict[bytes, Any]:
+    """The meta record of a stream's definition."""
+    fields = [each.to_record() for each in info.schema.fields]
+    value = [info.name, info.schema.time, list(info.versions), fields]
+    return {b"stream:" + _STREAM.pack(info.stream_id): value}
+
+
+def total_key(stream_id: int) -> bytes:
+    """Meta key of a stream's totals."""
+    return b"total:" + _STREAM.pack(stream_id)
+
+
+def mark_key(name: str) -> bytes:
+    """Meta key of a mark."""
+    return b"mark:" + name.encode()
+
+
+def _order(entry: Entry) -> bytes:
+    return entry.order
+
+
+def _entry(key: bytes, value: bytes) -> Entry:
+    what = f"index record of the batch at {decode_key(key[_TIME_OFFSET:])[0]} ns"
+    record = codec.unpacked(value, what)
+    if record[0] != key:
+        raise DamageError(f"{what}: stands under a key that is not its own")
+    return Entry(*record)
+
+
+def _identity(environment: Environment, txn: Txn) -> list[Any]:
+    value = txn.get(b"identity", db=environment.meta)
+    if value is None:
+        raise StoreFormatError(f"{environment.path}: an LMDB file, but no segment of a store")
+    identity: list[Any] = codec.unpacked(value, f"{environment.path}: identity")
+    return identity
+
+
+def _read_meta_record(state: State, key: bytes, record: Any) -> None:
+    kind, _, rest = key.partition(b":")
+    if kind == b"commit":
+        state.last_commit_ns = record
+    elif kind == b"stream":
+        name, time, versions, fields = record
+        schema = Schema(tuple(Field.from_record(each) for each in fields), time)
+        stream_id = _STREAM.unpack(rest)[0]
+        state.streams[name] = StreamInfo(stream_id, name, schema, tuple(versions))
+    elif kind == b"total":
+        state.totals[_STREAM.unpack(rest)[0]] = Totals(*record)
+    elif kind == b"mark":
+        state.marks[rest.decode()] = record
+    elif kind == b"sealed":
+        number, file_bytes, last_commit_ns, totals = record
+        per_stream = {stream_id: Totals(*each) for stream_id, each in totals.items()}
+        state.sealed[number] = Sealed(number, file_bytes, last_commit_ns, per_stream)

@@ -1,0 +1,425 @@
+"""The store as its users see it: open, append, flush, read.
+
+A ``Store`` is a directory opened for reading (any number) or writing (one process); a
+``Stream`` is one named sequence in it. Both are thin: writing is writer.py, reading is
+reading.py. Handles pickle as their path, opened again for reading.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final, Literal, NamedTuple, Self
+
+import numpy as np
+
+from kvstore import reading
+from kvstore.errors import (
+    DamageError,
+    KvstoreError,
+    SchemaError,
+    StoreClosed,
+    StoreError,
+    StreamNotFound,
+)
+from kvstore.layout import Layout
+from kvstore.reading import Inclusive, Scan
+from kvstore.schema import Batch, BatchLike, Field, Schema
+from kvstore.segment import OnDamage, Segment, State, StreamInfo
+from kvstore.timestamps import TimeLike, Unit
+from kvstore.writer import FLUSH_INTERVAL_S, SEGMENT_BYTES, StreamWriter, Writer
+
+_OPEN_SEGMENTS_MAX: Final = 16  # kept open between reads: a file descriptor and a map each
+
+
+class StreamStats(NamedTuple):
+    """A stream in ``Store.info``. first, last: in the stream's own time dtype, None if empty."""
+
+    name: str
+    schema: Schema
+    rows: int
+    batches: int
+    raw_bytes: int
+    stored_bytes: int
+    first: Any
+    last: Any
+
+
+class StoreInfo(NamedTuple):
+    """What a store holds, as of the last commit. Times in ns since 1970."""
+
+    path: str
+    store_id: str
+    streams: tuple[StreamStats, ...]
+    segments: int
+    file_bytes: int
+    created_ns: int
+    last_commit_ns: int
+    marks: dict[str, Any]
+
+
+def open_store(
+    path: str | os.PathLike[str],
+    mode: Literal["r", "w"] = "r",
+    *,
+    flush_interval_s: float | None = FLUSH_INTERVAL_S,
+    segment_bytes: int = SEGMENT_BYTES,
+) -> Store:
+    """Open the store in a directory; ``kvstore.open`` is this function.
+
+    mode: ``"r"`` reads and never creates or changes anything; ``"w"`` creates the store where
+    there is none, and is the only writer (StoreLocked otherwise).
+    flush_interval_s: how long an appended row may wait for its commit, in seconds. None: only
+    ``flush`` commits, all rows since the last flush and its marks in one transaction.
+    segment_bytes: size at which a segment is sealed and the next one begun; at least 64 KiB.
+
+    Raises StoreNotFound, StoreFormatError, StoreLocked.
+    """
+    if mode not in ("r", "w"):
+        raise StoreError(f"mode={mode!r}: use 'r' to read, 'w' to create or append")
+    layout = Layout(path)
+    if mode == "r":
+        layout.store_id()
+        return Store(layout, None)
+    if not layout.exists():
+        layout.prepare()
+    writer = Writer(layout, flush_interval_s=flush_interval_s, segment_bytes=segment_bytes)
+    try:
+        return Store(layout, writer)
+    except BaseException:
+        writer.close()
+        raise
+
+
+class Store:
+    """An open store; get one from ``kvstore.open``. Usable from several threads."""
+
+    def __init__(self, layout: Layout, writer: Writer | None):
+        self._layout = layout
+        self._writer = writer
+        self._pid = os.getpid()
+        self._closed = False
+        self._lock = threading.Lock()
+        self._sealed: OrderedDict[int, Segment] = OrderedDict()
+        self._active = self._open_active(layout.numbers()[-1])
+        self._state: State | None = None
+        self._seen_commit = -1
+
+    @property
+    def path(self) -> str:
+        """The directory."""
+        return str(self._layout.path)
+
+    @property
+    def mode(self) -> str:
+        """``"r"`` or ``"w"``."""
+        return "w" if self._writer else "r"
+
+    @property
+    def marks(self) -> dict[str, Any]:
+        """The small values committed with rows, by name, as of the last commit."""
+        return dict(self.state().marks)
+
+    # ---- streams ----
+
+    def stream(self, name: str, schema: Schema | None = None, *, time: str = "") -> Stream:
+        """The stream of that name. When writing, it is made by its first append if new.
+
+        schema: declares the stream, or adds fields at the end of an existing one. Without it
+        the first batch shows the schema; ``time`` then names the time field, where it is not
+        called timestamps, timestamp or time.
+        """
+        if self._writer is None:
+            return self[name]
+        if schema is not None:
+            self._writer.define(name, schema)
+        return Stream(self, name, time)
+
+    def __getitem__(self, name: str) -> Stream:
+        self._info(name)
+        return Stream(self, name, "")
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            self._info(str(name))
+        except StreamNotFound:
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.state().streams))
+
+    def __len__(self) -> int:
+        return len(self.state().streams)
+
+    # ---- writing ----
+
+    def flush(self, marks: Mapping[str, Any] | None = None) -> None:
+        """Make everything appended so far durable, and ``marks`` with it; returns once it is.
+
+        Rows and marks go into one transaction, unless the flush interval or 32 MB of rows
+        made an earlier commit due in between; open with flush_interval_s=None, or pass marks
+        to ``append``, where they must never be apart.
+        """
+        self.writer().flush(marks)
+
+    def close(self) -> None:
+        """Commit what was appended, close the files. Further use raises StoreClosed."""
+        if self._closed or self._pid != os.getpid():
+            return
+        self._closed = True
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        finally:
+            for segment in [self._active, *self._sealed.values()]:
+                segment.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (open_store, (self.path,))
+
+    def __repr__(self) -> str:
+        return f"kvstore.open({self.path!r}, mode={self.mode!r})"
+
+    # ---- what is there ----
+
+    def info(self) -> StoreInfo:
+        """Streams, rows, bytes and spans; reads one record a segment and stream."""
+        state = self.state()
+        sizes = [sealed.file_bytes for sealed in state.sealed.values()]
+        return StoreInfo(
+            self.path,
+            state.store_id.hex(),
+            tuple(_stats(state, info) for _, info in sorted(state.streams.items())),
+            len(sizes) + 1,
+            sum(sizes) + self._active.environment.used_bytes(),
+            state.created_ns,
+            state.last_commit_ns,
+            dict(state.marks),
+        )
+
+    def state(self) -> State:
+        """The store as of the last commit; cached until there is a newer one."""
+        self._check_usable()
+        with self._lock:
+            while self._layout.segment_path(self._active.number + 1).exists():
+                self._keep(self._active)
+                self._active = self._open_active(self._active.number + 1)
+                self._state = None
+            commit = self._active.environment.last_commit()
+            if self._state is None or commit != self._seen_commit:
+                self._state, self._seen_commit = self._active.state(), commit
+            return self._state
+
+    def open_segment(self, number: int) -> Segment:
+        """A segment's handle; the caller closes it."""
+        self._check_usable()
+        with self._lock:
+            if number != self._active.number and number not in self._sealed:
+                self._keep(Segment.open(self._layout.segment_path(number), number, "alone"))
+            return (self._sealed.get(number) or self._active).shared()
+
+    def writer(self) -> Writer:
+        """The writing side; StoreError where the store was opened for reading."""
+        self._check_usable()
+        if self._writer is None:
+            raise StoreError(f"{self.path}: opened for reading; open with mode='w' to write")
+        return self._writer
+
+    def _open_active(self, number: int) -> Segment:
+        mode: Literal["shared", "alone"] = "shared" if self._layout.has_writer() else "alone"
+        path = self._layout.segment_path(number)
+        return Segment.open(path, number, mode, writer=self._layout.writer)
+
+    def _keep(self, segment: Segment) -> None:
+        self._sealed[segment.number] = segment
+        if len(self._sealed) > _OPEN_SEGMENTS_MAX:
+            self._sealed.popitem(last=False)[1].close()
+
+    def _info(self, name: str) -> StreamInfo:
+        if self._writer is not None and (found := self._writer.find(name)):
+            return found.info
+        streams = self.state().streams
+        if name not in streams:
+            there = ", ".join(sorted(streams)) or "none"
+            raise StreamNotFound(f"{self.path}: no stream {name!r}; there are: {there}")
+        return streams[name]
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise StoreClosed(f"{self.path}: this handle was closed; open the store again")
+        if self._pid != os.getpid():
+            raise StoreClosed(
+                f"{self.path}: opened before this process was forked; open the store again here"
+            )
+
+
+class Stream:
+    """One stream of an open store; get one from ``store.stream(name)`` or ``store[name]``."""
+
+    def __init__(self, store: Store, name: str, time: str):
+        self._store = store
+        self._time = time
+        self._writing: StreamWriter | None = None
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"{self._store!r}[{self.name!r}]"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_reopened, (self._store, self.name))
+
+    @property
+    def schema(self) -> Schema:
+        """The fields there are now; StreamNotFound before the first append shows them."""
+        return self._store._info(self.name).schema  # noqa: SLF001
+
+    def append(
+        self, batch: BatchLike, *, copy: bool = True, marks: Mapping[str, Any] | None = None
+    ) -> None:
+        """Add rows: arrays by field name with a shared first axis, or one row of scalars.
+
+        Rows may come in any order of time. Returns before they are durable: see ``flush``.
+        copy=False saves a copy where the arrays are never changed again. marks become durable
+        in the same transaction as these rows.
+        """
+        if self._writing is None:
+            self._writing = self._define(batch)
+        self._store.writer().append(self._writing, batch, copy=copy, marks=marks)
+
+    def add_fields(self, *fields: Field) -> None:
+        """Append fields to the schema. Earlier rows read as NaN, NaT, None or ``Field.fill``."""
+        writer = self._store.writer()
+        writer.define(self.name, self.schema.extended(fields))
+
+    def read(
+        self,
+        start: TimeLike | None = None,
+        stop: TimeLike | None = None,
+        *,
+        fields: Sequence[str] | None = None,
+        unit: Unit | None = None,
+        inclusive: Inclusive = "both",
+        ordered: bool = False,
+        verify: bool = True,
+        on_damage: OnDamage | None = None,
+    ) -> Iterator[Batch]:
+        """Batches of the rows with start <= time <= stop, as dicts of new arrays.
+
+        start, stop: float seconds, ISO 8601 text, datetime, datetime64, or int with ``unit``;
+        None is the very beginning or end. inclusive="left" leaves ``stop`` itself out.
+        fields: which ones, in this order; all by default.
+        ordered: merge rows strictly by time; else batches come by their first time and may
+        overlap where data arrived late. verify=False skips the checksums.
+        on_damage: called with a DamageError for each batch that cannot be read, which is then
+        left out; by default the error is raised.
+        """
+        scan = self._scan(start, stop, unit=unit, inclusive=inclusive, on_damage=on_damage)
+        return reading.read(scan, fields, ordered=ordered, verify=verify)
+
+    def count(
+        self,
+        start: TimeLike | None = None,
+        stop: TimeLike | None = None,
+        *,
+        unit: Unit | None = None,
+        inclusive: Inclusive = "both",
+    ) -> int:
+        """Number of rows in a range, from the index."""
+        return reading.count(
+            self._scan(start, stop, unit=unit, inclusive=inclusive, on_damage=None)
+        )
+
+    def first(self) -> Batch | None:
+        """The earliest row, as a batch of one row; None where the stream is empty."""
+        return self._row_at(0)
+
+    def last(self) -> Batch | None:
+        """The latest row, the last to arrive among equals, as a batch of one row."""
+        return self._row_at(-1)
+
+    def span(self) -> tuple[Any, Any] | None:
+        """(first, last) time in the stream's own time dtype; None where it is empty."""
+        state = self._store.state()
+        if self.name not in state.streams:
+            return None
+        stats = _stats(state, state.streams[self.name])
+        return None if stats.first is None else (stats.first, stats.last)
+
+    def __len__(self) -> int:
+        """Rows committed; O(segments)."""
+        state = self._store.state()
+        info = state.streams.get(self.name)
+        return state.stream_totals(info.stream_id).rows if info else 0
+
+    def _row_at(self, end: int) -> Batch | None:
+        span = self.span()
+        if span is None:
+            return None
+        row: Batch | None = None
+        unit: Unit | None = "ns" if isinstance(span[end], np.int64) else None
+        for batch in self.read(span[end], span[end], unit=unit, ordered=True):
+            row = {name: column[-1:] if end else column[:1] for name, column in batch.items()}
+            if not end:
+                break
+        return row
+
+    def _scan(
+        self,
+        start: TimeLike | None,
+        stop: TimeLike | None,
+        *,
+        unit: Unit | None,
+        inclusive: Inclusive,
+        on_damage: OnDamage | None,
+    ) -> Scan:
+        state = self._store.state()
+        info = state.streams.get(self.name) or self._store._info(self.name)  # noqa: SLF001
+        range_ = reading.make_range(info.schema, start, stop, unit=unit, inclusive=inclusive)
+        return Scan(info, state, range_, self._store.open_segment, on_damage or _raise)
+
+    def _define(self, batch: BatchLike) -> StreamWriter:
+        writer = self._store.writer()
+        found = writer.find(self.name)
+        if found is None:
+            found = writer.define(self.name, Schema.infer(batch, self._time))
+        return found
+
+
+def _reopened(store: Store, name: str) -> Stream:
+    return store[name]
+
+
+def _raise(error: DamageError) -> None:
+    raise error
+
+
+def _stats(state: State, info: StreamInfo) -> StreamStats:
+    totals = state.stream_totals(info.stream_id)
+    dtype = info.schema.time_dtype
+    ends = [
+        None if end is None else np.array(end).astype(dtype)[()]
+        for end in (totals.first, totals.last)
+    ]
+    return StreamStats(
+        info.name,
+        info.schema,
+        totals.rows,
+        totals.batches,
+        totals.raw_bytes,
+        totals.stored_bytes,
+        *ends,
+    )

@@ -1,0 +1,286 @@
+"""The writing side of a store: appended rows -> staged or cut batches -> blocks -> the committer.
+
+    append ── stage the small, cut the large ── encode ──> queue ──> commit thread (commit.py)
+
+``append`` copies or has compressed before it returns. Rows become durable within the flush
+interval, at 32 MB, or when ``flush`` returns; beyond 64 MB queued, ``append`` waits. Where a
+commit fails (a full disk), its rows stay queued, and every ``append`` and ``flush`` raises
+until a retry succeeds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import msgpack
+
+from kvstore import codec
+from kvstore.commit import Committer, Queued
+from kvstore.errors import SchemaError, StoreClosed, StoreError
+from kvstore.gather import SMALL_BYTES, STAGED_BYTES_MAX, Staging, cut, size_of
+from kvstore.layout import Layout, WriterLock
+from kvstore.schema import Array, BatchLike, Schema, check_name
+from kvstore.segment import EncodedBatch, StreamInfo
+from kvstore.timestamps import plain_time, time_to_ns
+
+FLUSH_INTERVAL_S: Final = 0.1
+SEGMENT_BYTES: Final = 2 << 30
+SEGMENT_BYTES_MIN: Final = 64 << 10  # room for the tables and what a new segment carries
+ENCODERS: Final = 2  # threads: one for each core of the smallest device
+_MARK_BYTES_MAX: Final = 64 << 10
+
+
+class StreamWriter:
+    """One stream's side of the writer: its definition and the rows that wait."""
+
+    def __init__(self, info: StreamInfo):
+        self.info = info
+        self.staging = Staging(info.schema)
+
+
+class Writer:
+    """Owns the writer lock, the streams' staging and the encoding threads."""
+
+    def __init__(self, layout: Layout, *, flush_interval_s: float | None, segment_bytes: int):
+        if segment_bytes < SEGMENT_BYTES_MIN:
+            raise StoreError(f"segment_bytes={segment_bytes}: use at least {SEGMENT_BYTES_MIN}")
+        self._layout = layout
+        self._pid = os.getpid()
+        self._closed = False
+        self._lock = WriterLock(layout)
+        try:
+            if not layout.exists():
+                layout.create(segment_bytes)
+            layout.store_id()
+            layout.tidy()
+            self._committer = Committer(
+                layout,
+                interval_s=flush_interval_s,
+                segment_bytes=segment_bytes,
+                seal=self._seal_all,
+            )
+        except BaseException:
+            self._lock.release()
+            raise
+        streams = self._committer.state.streams
+        self._streams = {name: StreamWriter(info) for name, info in streams.items()}
+        self._pool = ThreadPoolExecutor(ENCODERS, "kvstore-encode")
+
+    def find(self, name: str) -> StreamWriter | None:
+        """The stream of that name, committed or not."""
+        self.check_usable()
+        return self._streams.get(name)
+
+    def define(self, name: str, schema: Schema) -> StreamWriter:
+        """Make a stream, or append fields to its schema; committed with what follows."""
+        self.check_usable()
+        check_name(name, "stream")
+        with self._committer.lock:
+            self._committer.raise_error()
+            stream = self._streams.get(name)
+            if stream is None:
+                stream_id = 1 + max((s.info.stream_id for s in self._streams.values()), default=0)
+                info = StreamInfo(stream_id, name, schema, (len(schema.fields),))
+                stream = self._streams[name] = StreamWriter(info)
+            elif stream.info.schema == schema:
+                return stream
+            else:
+                self._seal(stream)
+                stream.info = _extended(stream.info, schema)
+                stream.staging = Staging(schema)
+            self._committer.put(Queued(define=stream.info))
+        return stream
+
+    def append(
+        self,
+        stream: StreamWriter,
+        batch: BatchLike,
+        *,
+        copy: bool = True,
+        marks: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Queue rows, and marks that become durable with them.
+
+        With copy=False the caller promises never to change the arrays again.
+        """
+        committer = self._committer
+        with committer.lock:
+            if committer.error or self._closed or self._pid != os.getpid():
+                self.check_usable()
+                committer.raise_error()
+            if marks is None and (packed := stream.staging.add_row(batch)):
+                self._note_staged(stream, packed)
+                return
+        checked = _checked(marks)
+        schema, columns = _columns(stream.info, batch)
+        size = size_of(columns)
+        if size < SMALL_BYTES and schema is stream.info.schema:
+            self._stage(stream, columns, size, checked, copy=copy)
+        else:
+            self._append_large(stream, schema, columns, checked, copy=copy)
+
+    def _stage(
+        self,
+        stream: StreamWriter,
+        columns: list[Array],
+        size: int,
+        marks: Mapping[str, Any],
+        *,
+        copy: bool,
+    ) -> None:
+        with self._committer.lock:
+            if size:
+                stream.staging.add(columns, size, copy=copy)
+                self._note_staged(stream, size)
+            if marks:
+                self._seal_all()
+                self._committer.put(Queued(marks=marks))
+
+    def _note_staged(self, stream: StreamWriter, size: int) -> None:
+        self._committer.staged_bytes += size
+        if stream.staging.bytes >= STAGED_BYTES_MAX:
+            self._seal(stream)
+            self._committer.wait_for_room()
+        else:
+            self._committer.note_rows()
+
+    def _append_large(
+        self,
+        stream: StreamWriter,
+        schema: Schema,
+        columns: list[Array],
+        marks: Mapping[str, Any],
+        *,
+        copy: bool,
+    ) -> None:
+        time = schema.number(schema.time)
+        parts = list(cut(columns, time))
+        if copy:
+            items = [self._encoded(stream.info, schema, part) for part in parts]
+        else:
+            items = [self._encoding(stream.info, schema, part) for part in parts]
+        with self._committer.lock:
+            self._seal(stream)
+            for item in items:
+                self._committer.put(item)
+            if marks:
+                self._seal_all()
+                self._committer.put(Queued(marks=marks))
+            self._committer.wait_for_room()
+
+    def flush(self, marks: Mapping[str, Any] | None = None) -> None:
+        """Return once all that was appended before, and the marks, are durable."""
+        self.check_usable()
+        checked = _checked(marks)
+        with self._committer.lock:
+            self._seal_all()
+            if checked:
+                self._committer.put(Queued(marks=checked))
+            self._committer.wait_until_durable()
+
+    def close(self) -> None:
+        """Flush, stop the threads, let the next writer in; raises what the flush raised."""
+        if self._closed or self._pid != os.getpid():
+            return
+        try:
+            self.flush()
+        finally:
+            self._closed = True
+            self._committer.close()
+            self._pool.shutdown()
+            self._lock.release()
+
+    def check_usable(self) -> None:
+        """StoreClosed where the handle was closed, or belongs to the process forked from."""
+        if self._closed:
+            raise StoreClosed(f"{self._layout.path}: this handle was closed; open the store again")
+        if self._pid != os.getpid():
+            raise StoreClosed(
+                f"{self._layout.path}: opened before this process was forked; open it again here"
+            )
+
+    def _seal_all(self) -> None:
+        for stream in self._streams.values():
+            self._seal(stream)
+
+    def _seal(self, stream: StreamWriter) -> None:
+        """Queue a stream's staged rows; the committer's lock is held."""
+        if not stream.staging.bytes:
+            return
+        schema = stream.info.schema
+        self._committer.staged_bytes -= stream.staging.bytes
+        columns = stream.staging.take()
+        for part in cut(columns, schema.number(schema.time)):
+            self._committer.put(self._encoding(stream.info, schema, part))
+
+    def _encoded(self, info: StreamInfo, schema: Schema, columns: list[Array]) -> Queued:
+        """A batch whose blocks are made now: the caller may reuse its arrays afterwards."""
+        item = _item(info, schema, columns)
+        largest = max(range(len(columns)), key=lambda number: columns[number].nbytes)
+        others = [
+            None if number == largest else self._pool.submit(codec.encode, column, field)
+            for number, (column, field) in enumerate(zip(columns, schema.fields, strict=True))
+        ]
+        mine = codec.encode(columns[largest], schema.fields[largest])
+        item.blocks = [mine if other is None else other.result() for other in others]
+        return item
+
+    def _encoding(self, info: StreamInfo, schema: Schema, columns: list[Array]) -> Queued:
+        """A batch whose blocks are made on other threads, from memory that nobody changes."""
+        item = _item(info, schema, columns)
+        item.blocks = [
+            self._pool.submit(codec.encode, column, field, copy=False)
+            for column, field in zip(columns, schema.fields, strict=True)
+        ]
+        return item
+
+
+def _item(info: StreamInfo, schema: Schema, columns: list[Array]) -> Queued:
+    times = columns[schema.number(schema.time)]
+    dtype = schema.time_dtype
+    first, last = times[0], times[-1]
+    batch = EncodedBatch(
+        info.stream_id,
+        time_to_ns(first, dtype),
+        time_to_ns(last, dtype),
+        plain_time(first),
+        plain_time(last),
+        len(times),
+    )
+    return Queued(size=size_of(columns), batch=batch)
+
+
+def _columns(info: StreamInfo, batch: BatchLike) -> tuple[Schema, list[Array]]:
+    """The columns, under the stream's schema or an earlier, shorter version of it."""
+    schema = info.schema
+    if len(batch) in info.versions[:-1]:
+        earlier = schema.first(len(batch))
+        if batch.keys() == set(earlier.names):
+            return earlier, earlier.columns(batch)
+    return schema, schema.columns(batch)
+
+
+def _extended(info: StreamInfo, schema: Schema) -> StreamInfo:
+    count = len(info.schema.fields)
+    if schema.fields[:count] != info.schema.fields or schema.time != info.schema.time:
+        raise SchemaError(
+            f"stream {info.name!r} has the fields {', '.join(info.schema.names)} already: a new "
+            "schema must begin with them unchanged; fields can only be added at the end "
+            "(stream.add_fields). Use another stream for other data"
+        )
+    return info._replace(schema=schema, versions=(*info.versions, len(schema.fields)))
+
+
+def _checked(marks: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    for name, value in (marks or {}).items():
+        check_name(name, "mark")
+        try:
+            size = len(msgpack.packb(value))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise SchemaError(f"mark {name!r}: {error}: use plain numbers, text or lists") from error
+        if size > _MARK_BYTES_MAX:
+            raise SchemaError(f"mark {name!r}: {size} bytes; a mark has at most {_MARK_BYTES_MAX}")
+    return dict(marks or {})
