@@ -48,29 +48,49 @@ _MAGIC: Final = 0xBEEFC0DE
 _FORMAT_0_9: Final = 1
 _ENGINE_0_9: Final = {"lib_version": 0} if hasattr(lmdb.Environment, "lib_version") else {}
 
+_FORK_WAIT_S: Final = 5.0  # the longest transaction is one commit
+_PAGE_BYTES: Final = frozenset(1 << bits for bits in range(9, 17))  # what LMDB can have
+
 _opened: dict[tuple[int, int], Environment] = {}
 _opened_lock = threading.Lock()
-_inherited: list[object] = []  # what a forked child must neither use nor close
+_inherited: list[Environment] = []  # in use when a child was forked: it may not even close them
 
 
-def _forget_in_child() -> None:
-    global _opened_lock  # noqa: PLW0603  # the parent's lock may be held by a thread that is gone
+# A child closes what it inherited, as py-lmdb would refuse it to open the files anew. That is
+# safe only between transactions: closing one would free its slot in the parent's reader table.
+def _pause_for_fork() -> None:
+    _opened_lock.acquire()
+    for environment in _opened.values():
+        environment.pause()
+
+
+def _resume_in_parent() -> None:
+    for environment in _opened.values():
+        environment.resume()
+    _opened_lock.release()
+
+
+def _disown_in_child() -> None:
     for environment in _opened.values():
         environment.disown()
-    _inherited.append(dict(_opened))
     _opened.clear()
-    _opened_lock = threading.Lock()
+    _opened_lock.release()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(
+    before=_pause_for_fork,
+    after_in_parent=_resume_in_parent,
+    after_in_child=_disown_in_child,
+)
 
 
 class Environment:
     """A reference-counted LMDB environment; get one from ``open_environment``."""
 
-    def __init__(self, path: Path, mode: Mode, writer: Callable[[], bytes]):
+    def __init__(self, path: Path, mode: Mode, writer: Callable[[], bytes], seen_writer: bytes):
         self.path = path
         self._writer = writer
+        self._seen_writer = seen_writer
         self._references = 0
         self._users = 0
         self._changed = threading.Condition()
@@ -78,8 +98,6 @@ class Environment:
         self._open(mode)
 
     def _open(self, mode: Mode) -> None:
-        self.mode = mode
-        self._seen_writer = self._writer() if mode == "alone" else b""
         check_file(self.path)
         with translated(self.path):
             self._env: Any = lmdb.open(
@@ -92,14 +110,23 @@ class Environment:
                 mode=FILE_MODE,
                 max_dbs=len(TABLES),
                 max_readers=READERS_MAX,
+                max_spare_txns=0,  # none may live across a fork: see _pause_for_fork
                 **_ENGINE_0_9,
             )
+            self._open_tables(mode)
+        self.mode, self._is_open = mode, True
+
+    def _open_tables(self, mode: Mode) -> None:
+        try:
             self.page_bytes: int = self._env.stat()["psize"]
             if mode != "alone":
                 self._env.reader_check()
             self.index, self.blocks, self.order, self.meta = (
                 self._env.open_db(name, create=False) for name in TABLES
             )
+        except BaseException:
+            self._env.close()
+            raise
 
     @contextmanager
     def read(self) -> Iterator[Txn]:
@@ -124,7 +151,8 @@ class Environment:
                 yield txn
         except StoreError:
             self._leave()
-            self._reopen("write")
+            with suppress(StoreError):  # else the next use tries again
+                self._reopen("write")
             raise
         except BaseException:
             self._leave()
@@ -133,32 +161,41 @@ class Environment:
 
     def last_commit(self) -> int:
         """Number of the last commit, LMDB's transaction id; cheap, needs no transaction."""
-        self._enter()
-        try:
-            number: int = self._env.info()["last_txnid"]
-            return number
-        finally:
-            self._leave()
+        return self._info("last_txnid")
 
     def used_bytes(self) -> int:
         """Bytes of the file that are in use, from its start."""
-        self._enter()
-        try:
-            return (int(self._env.info()["last_pgno"]) + 1) * self.page_bytes
-        finally:
-            self._leave()
+        return (self._info("last_pgno") + 1) * self.page_bytes
 
     def map_bytes(self) -> int:
         """The file's address range, which it cannot outgrow."""
+        return self._info("map_size")
+
+    def _info(self, what: str) -> int:
         self._enter()
         try:
-            return int(self._env.info()["map_size"])
+            with translated(self.path):
+                return int(self._env.info()[what])
         finally:
             self._leave()
 
+    def pause(self) -> None:
+        """Before a fork: let no transaction run until ``resume`` or ``disown``."""
+        self._changed.acquire()
+        self._changed.wait_for(lambda: not self._users, _FORK_WAIT_S)
+
+    def resume(self) -> None:
+        """In the parent of a fork: go on."""
+        self._changed.release()
+
     def disown(self) -> None:
-        """In a forked child: make every later use raise."""
+        """In the child of a fork: make every later use raise."""
         self._disowned = True
+        if self._users:
+            _inherited.append(self)
+        else:
+            self._env.close()
+        self._changed.release()
 
     def share(self) -> None:
         """Take one more reference."""
@@ -180,8 +217,12 @@ class Environment:
             raise StoreClosed(
                 f"{self.path}: opened before this process was forked; open the store again here"
             )
-        if self.mode == "alone" and self._writer() != self._seen_writer:
+        if self.mode == "alone" and (writer := self._writer()) != self._seen_writer:
+            # Its lock file may come a moment later: then what the lock says changes once more.
             self._reopen("shared" if _lock_path(self.path).exists() else "alone")
+            self._seen_writer = writer
+        elif not self._is_open:
+            self._reopen(self.mode)
         with self._changed:
             self._users += 1
 
@@ -194,6 +235,7 @@ class Environment:
         with self._changed:
             self._changed.wait_for(lambda: not self._users)
             self._env.close()
+            self._is_open = False
             self._open(mode)
 
     def _shut(self) -> None:
@@ -203,11 +245,12 @@ class Environment:
 
 
 def open_environment(
-    path: Path, mode: Mode, *, writer: Callable[[], bytes] = bytes
+    path: Path, mode: Mode, *, writer: Callable[[], bytes] = bytes, seen_writer: bytes = b""
 ) -> Environment:
     """Open a file, or share it where this process has it open already.
 
-    writer: gives the content of the writer lock, which changes whenever a writer starts.
+    writer: gives the content of the writer lock, which changes when a writer starts and once
+    more when its lock file is there. seen_writer: that content before ``mode`` was decided on.
     """
     with _opened_lock:
         with translated(path):
@@ -215,7 +258,7 @@ def open_environment(
         key = (found.st_dev, found.st_ino)
         environment = _opened.get(key)
         if environment is None:
-            environment = _opened[key] = Environment(path, mode, writer)
+            environment = _opened[key] = Environment(path, mode, writer, seen_writer)
         elif mode == "write" and environment.mode != "write":
             environment._reopen("write")  # noqa: SLF001
         environment._references += 1  # noqa: SLF001
@@ -279,6 +322,8 @@ def _read_meta(page: bytes) -> tuple[int, int, int] | None:
     if (magic, version) != (_MAGIC, _FORMAT_0_9):
         return None
     (page_bytes,) = struct.unpack_from("<I", page, 16 + 24)
+    if page_bytes not in _PAGE_BYTES:
+        return None
     last_page, txn_id = _META_TAIL.unpack_from(page, _META_TAIL_OFFSET)
     return txn_id, last_page, page_bytes
 
@@ -317,6 +362,8 @@ def _translate(error: lmdb.Error, path: Path, needed_bytes: int) -> StoreError:
             f"{path}: reading while a writer runs needs write permission for the lock file "
             f"{_lock_path(path).name}: {error}"
         )
+    if isinstance(error, lmdb.NotFoundError):
+        return StoreFormatError(f"{path}: an LMDB file, but no segment of a store: move it away")
     if isinstance(error, lmdb.CorruptedError | lmdb.InvalidError | lmdb.PageNotFoundError):
         return StoreFormatError(f"{path}: damaged: {error}; restore it from a backup")
     return StoreError(f"{path}: {error}")

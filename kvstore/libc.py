@@ -22,6 +22,8 @@ _PIECE_BYTES: Final = 1 << 20
 _SYNC_FILE_RANGE_WRITE: Final = 2
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
+_M_ARENA_MAX: Final = -8
+_MMAP_BYTES: Final = 32 << 20  # the most that glibc takes for this threshold
 _KEPT_BYTES: Final = 256 << 20  # two groups in flight and their copies in LMDB's dirty pages
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -48,8 +50,9 @@ def keep_freed_memory() -> None:
     its time on page faults. Affects the whole process: for command-line programs only.
     """
     with suppress(AttributeError):
-        _libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        _libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
         _libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        _libc.mallopt(_M_ARENA_MAX, 1)  # else each thread's own arena trims by other rules
 
 
 def enlarge_pipe(fd: int) -> None:

@@ -287,6 +287,11 @@ class Stream:
         """The fields there are now; StreamNotFound before the first append shows them."""
         return self._store._info(self.name).schema  # noqa: SLF001
 
+    @property
+    def time(self) -> str:
+        """Name of the time field."""
+        return (self._writing.info if self._writing else self._store._info(self.name)).schema.time  # noqa: SLF001
+
     def append(
         self, batch: BatchLike, *, copy: bool = True, marks: Mapping[str, Any] | None = None
     ) -> None:

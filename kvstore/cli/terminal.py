@@ -1,0 +1,102 @@
+"""What commands say on stderr: complaints, progress bars, sizes and rates in words."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+FAILED: Final = 1
+LOSS: Final = 3
+_SHOW_AFTER_S: Final = 1.0
+_REFRESH_S: Final = 0.25
+_UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+                 "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
+
+
+def complain(message: str) -> None:
+    """One line of trouble."""
+    print(f"kvstore: {message}", file=sys.stderr)
+
+
+def say(message: str) -> None:
+    """One line of talk."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def size_text(count: float) -> str:
+    """Bytes in words: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:  # noqa: PLR2004
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 800GB, 64MiB or 1e9; ValueError otherwise."""
+    number = text.strip().upper().removesuffix("B")
+    unit = number.lstrip("0123456789.")
+    if unit.startswith("E") and unit[1:].isdigit():
+        return int(float(number))
+    if unit not in _UNITS or not number.removesuffix(unit):
+        raise ValueError(f"{text!r} is no size; use for example 800GB, 64MiB or 1000000")
+    return int(float(number.removesuffix(unit)) * _UNITS[unit])
+
+
+@contextmanager
+def quiet_if_closed() -> Iterator[None]:
+    """Where the reader of stdout goes away, as `| head` does, end without a word."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Else Python tries once more at exit, and complains.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+@contextmanager
+def progress_bar(
+    describe: Callable[[float], str], fraction: Callable[[], float] | None = None
+) -> Iterator[None]:
+    """Show ``describe(elapsed seconds)`` on a terminal, from one second on; nothing in a pipe.
+
+    fraction: how much of the work is done, 0 to 1, where that is known: adds bar and time left.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    done = threading.Event()
+    thread = threading.Thread(target=_show, args=(describe, fraction, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _show(
+    describe: Callable[[float], str], fraction: Callable[[], float] | None, done: threading.Event
+) -> None:
+    started = time.perf_counter()
+    if done.wait(_SHOW_AFTER_S):
+        return
+    from rich import progress as bars  # noqa: PLC0415  # only where something is shown
+    from rich.console import Console  # noqa: PLC0415
+
+    columns: list[bars.ProgressColumn] = [bars.SpinnerColumn(), bars.TimeElapsedColumn()]
+    if fraction is not None:
+        columns += [bars.BarColumn(), bars.TimeRemainingColumn()]
+    columns.append(bars.TextColumn("{task.description}"))
+    console = Console(stderr=True)
+    with bars.Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task("", total=1.0 if fraction else None)
+        while not done.wait(_REFRESH_S):
+            description = describe(time.perf_counter() - started)
+            completed = fraction() if fraction else 0.0
+            shown.update(task, description=description, completed=completed)

@@ -1,0 +1,327 @@
+"""Packets on a byte stream: bytes in, dicts of arrays out; dicts of arrays in, bytes out.
+
+A packet is a frame of a 4-byte big-endian length and a pickled dict of arrays. Owns the framing
+and the rules for what a packet may hold; what a pickle means is ``unpickle``'s business. Sans
+IO: no file is read or written here, the caller moves the bytes::
+
+    decoder = PacketDecoder()
+    while count := os.readv(fd, [decoder.buffer()]):
+        decoder.received(count)
+        for packet in decoder.packets():
+            ...
+    decoder.close()
+
+Memory: frames under 64 KiB are views of shared chunks of 1 MiB, so a packet that is kept keeps
+its chunk. A larger frame gets a buffer of its own that the rest of it is read straight into, and
+never one over the limit. Arrays are read-only views and need not be aligned.
+
+Every error is a PacketError with the packet's number and the offset of its frame. After one with
+``whole=True`` the decoder goes on with the next packet.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+
+from kvstore.errors import PacketError
+from kvstore.unpickle import Unpickler
+
+if TYPE_CHECKING:
+    from kvstore.schema import Array
+
+FRAME_BYTES_MAX: Final = 256 << 20  # of one packet, unless told otherwise: 43,000 particles
+HEADER_BYTES: Final = 4
+FRAME_BYTES_LIMIT: Final = 2**32 - 1  # what the header can say
+
+_CHUNK_BYTES: Final = 1 << 20  # one read of a 1 MiB pipe
+_SMALL_BYTES: Final = 64 << 10  # copying up to this into the next chunk costs less than a buffer
+_CODE_POINT_MAX: Final = 0x10FFFF
+_SURROGATES: Final = (0xD800, 0xDFFF)
+
+PARTICLE_TIME: Final = "timestamps"
+PARTICLE_FIELDS: Final[dict[str, tuple[np.dtype[Any], tuple[int, ...]]]] = {
+    PARTICLE_TIME: (np.dtype("<f8"), ()),
+    "scattering": (np.dtype("<i4"), (64, 16)),
+    "spectral": (np.dtype("<i4"), (32, 16)),
+}
+"""The brief's packets: dtype and per-row shape of each field."""
+
+
+class Packet(NamedTuple):
+    """One decoded packet. number counts from 0; offset is that of its frame's first byte."""
+
+    number: int
+    offset: int
+    frame_bytes: int  # header included
+    arrays: dict[str, Array]
+
+    def error(self, reason: str) -> PacketError:
+        """What is wrong with this packet; the next one can still be read."""
+        return PacketError(reason, packet=self.number, offset=self.offset, whole=True)
+
+
+class PacketDecoder:
+    """Cuts a byte stream into packets, however the bytes arrive."""
+
+    def __init__(self, *, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
+        self._frame_bytes_max = frame_bytes_max
+        self._unpickler = Unpickler()
+        self._number = 0
+        self._offset = 0  # of the frame that begins at _start
+        self._start = self._stop = 0  # what of the chunk is filled and not yet decoded
+        self._new_chunk()
+        self._large: memoryview | None = None  # the buffer of a frame of its own
+        self._large_filled = 0
+        self._expects_large = False
+        self._broken: PacketError | None = None
+
+    def buffer(self) -> memoryview:
+        """Where the next bytes belong, to be asked for anew once ``packets()`` is exhausted."""
+        if self._large is not None:
+            return self._large[self._large_filled :]
+        if len(self._chunk) - self._start < _SMALL_BYTES:
+            self._renew_chunk()
+        # Large packets come in rows: read only the next header, then the rest without a copy.
+        stop = self._start + HEADER_BYTES if self._expects_large else len(self._chunk)
+        assert stop > self._stop, "buffer() was called before packets() was exhausted"
+        return self._chunk[self._stop : stop]
+
+    def received(self, count: int) -> None:
+        """That many bytes were put at the start of ``buffer()``."""
+        if self._large is not None:
+            self._large_filled += count
+        else:
+            self._stop += count
+
+    def packets(self) -> Iterator[Packet]:
+        """The packets complete by now, each once.
+
+        After a PacketError with ``whole=True`` call it again: it goes on behind the bad packet.
+        After any other it raises the same error for ever.
+        """
+        while (frame := self._next_frame()) is not None:
+            number, offset, frame_bytes = self._number, self._offset, HEADER_BYTES + len(frame)
+            self._number += 1
+            self._offset += frame_bytes
+            try:
+                arrays = self._unpickler.loads(frame)
+            except PacketError as error:
+                raise PacketError(
+                    error.reason, packet=number, offset=offset, whole=True
+                ) from error.__cause__
+            yield Packet(number, offset, frame_bytes, arrays)
+
+    def close(self) -> None:
+        """The input has ended; PacketError if it did so inside a frame."""
+        if self._broken is not None:
+            raise self._broken
+        if self._large is not None:
+            seen, wanted = self._large_filled, str(len(self._large))
+        elif self._stop > self._start:
+            seen, wanted = self._stop - self._start - HEADER_BYTES, self._announced()
+        else:
+            return
+        if seen < 0:
+            raise self._error(f"the input ends {HEADER_BYTES + seen} bytes into a packet's length")
+        raise self._error(f"the input ends inside the packet: {seen} of {wanted} bytes came")
+
+    # -- frames ----------------------------------------------------------------------------
+
+    def _next_frame(self) -> memoryview | None:
+        if self._broken is not None:
+            raise self._broken
+        if self._large is not None:
+            return self._finished_large()
+        start = self._start + HEADER_BYTES
+        if self._stop < start:
+            return None
+        length = int.from_bytes(self._chunk[self._start : start])
+        if length > self._frame_bytes_max:
+            raise self._over_limit(length)
+        stop = start + length
+        if self._stop < stop:
+            self._await(start, length)
+            return None
+        self._start = stop
+        return self._frozen[start:stop]
+
+    def _over_limit(self, length: int) -> PacketError:
+        self._broken = self._error(
+            f"a packet of {length} bytes is announced, over the limit of {self._frame_bytes_max};"
+            " if the input is a packet stream, raise the limit (--max-packet-bytes)"
+        )
+        return self._broken
+
+    def _await(self, start: int, length: int) -> None:
+        """A frame whose header is here and whose end is not."""
+        self._expects_large = length >= _SMALL_BYTES
+        if self._expects_large:
+            # Untouched memory costs nothing: pages are used as bytes arrive, not as announced.
+            self._large = np.empty(length, np.uint8).data
+            self._large_filled = self._stop - start
+            self._large[: self._large_filled] = self._chunk[start : self._stop]
+            self._start = self._stop
+
+    def _finished_large(self) -> memoryview | None:
+        if self._large is None or self._large_filled < len(self._large):
+            return None
+        frame, self._large = self._large.toreadonly(), None
+        return frame
+
+    def _announced(self) -> str:
+        header = self._chunk[self._start : self._start + HEADER_BYTES]
+        return str(int.from_bytes(header))
+
+    def _renew_chunk(self) -> None:
+        """A fresh chunk: arrays may still look at the old one. Zeroing it would cost a pass."""
+        rest = self._chunk[self._start : self._stop]
+        self._new_chunk()
+        self._chunk[: len(rest)] = rest
+        self._start, self._stop = 0, len(rest)
+
+    def _new_chunk(self) -> None:
+        self._chunk = np.empty(_CHUNK_BYTES, np.uint8).data
+        self._frozen = self._chunk.toreadonly()
+
+    def _error(self, reason: str) -> PacketError:
+        return PacketError(reason, packet=self._number, offset=self._offset)
+
+
+# -- what a packet may hold ----------------------------------------------------------------
+
+
+def check(packet: Packet, *, time_field: str = PARTICLE_TIME) -> int:
+    """Rows of a packet of any dict of arrays; PacketError where it is not rows in time.
+
+    All arrays share their first axis; times are one finite number or datetime per row. No rows
+    at all is fine.
+    """
+    arrays = packet.arrays
+    times = arrays.get(time_field)
+    if times is None:
+        raise packet.error(
+            f"no field {time_field!r} among {_names(arrays)}; name the time field (--time-field)"
+        )
+    if times.ndim != 1 or times.dtype.kind not in "fiM":
+        raise packet.error(
+            f"the times {time_field!r} are {_kind(times)}; one float64 in seconds, int64 in"
+            " nanoseconds or datetime64 per row is expected"
+        )
+    rows = len(times)
+    for name, array in arrays.items():
+        if array.ndim == 0 or len(array) != rows:
+            raise packet.error(
+                f"field {name!r} is {_kind(array)}, and {time_field!r} has {rows} rows;"
+                " all fields need the same first axis"
+            )
+        if array.dtype.kind in "Ub":
+            _check_stored_values(packet, name, array)
+    _check_times(packet, time_field, times)
+    return rows
+
+
+def check_particles(packet: Packet) -> int:
+    """Rows of a packet of the brief's format; PacketError where it is none."""
+    arrays = packet.arrays
+    if arrays.keys() != PARTICLE_FIELDS.keys():
+        raise packet.error(
+            f"the fields are {_names(arrays)}; particles have {_names(PARTICLE_FIELDS)}"
+            " (other streams: --stream NAME)"
+        )
+    rows = arrays[PARTICLE_TIME].shape
+    for name, (dtype, shape) in PARTICLE_FIELDS.items():
+        array = arrays[name]
+        if array.dtype != dtype or array.shape != rows + shape or len(rows) != 1:
+            wanted = f"{dtype} of shape {('N', *shape)}".replace("'", "")
+            raise packet.error(
+                f"field {name!r} is {_kind(array)}; {wanted} is expected, N as in {PARTICLE_TIME!r}"
+            )
+    _check_times(packet, PARTICLE_TIME, arrays[PARTICLE_TIME])
+    return len(arrays[PARTICLE_TIME])
+
+
+def _names(fields: Mapping[str, object]) -> str:
+    return ", ".join(repr(name) for name in fields) or "none"
+
+
+def _kind(array: Array) -> str:
+    return f"{array.dtype} of shape {array.shape}"
+
+
+def _check_times(packet: Packet, name: str, times: Array) -> None:
+    """Only finite times can be ordered."""
+    if times.dtype.kind == "i":
+        return
+    finite = np.isfinite(times)
+    if np.logical_and.reduce(finite):
+        return
+    row = int(np.argmin(finite))
+    raise packet.error(f"{name}[{row}] is {times[row]}; every row needs a finite time")
+
+
+def _check_stored_values(packet: Packet, name: str, array: Array) -> None:
+    """Bytes that numpy takes on trust: code points of text, and the 0 and 1 of booleans."""
+    contiguous = np.ascontiguousarray(array)
+    if array.dtype.kind == "b":
+        bad = contiguous.view(np.uint8) > 1
+    else:
+        points = contiguous.view(array.dtype.byteorder + "u4")
+        bad = (points > _CODE_POINT_MAX) | ((points >= _SURROGATES[0]) & (points <= _SURROGATES[1]))
+    if bad.any():
+        row = int(np.argmax(bad.reshape(len(array), -1).any(axis=1)))
+        kind = "boolean" if array.dtype.kind == "b" else "text"
+        raise packet.error(f"{name}[{row}] is no valid {kind}")
+
+
+# -- writing -------------------------------------------------------------------------------
+
+
+class _Parts:
+    """A file that keeps what is written to it, uncopied."""
+
+    def __init__(self) -> None:
+        self.parts: list[memoryview] = []
+
+    def write(self, data: bytes | pickle.PickleBuffer) -> None:
+        """Large payloads of arrays come as PickleBuffers, everything else as bytes."""
+        view = data.raw() if isinstance(data, pickle.PickleBuffer) else memoryview(data)
+        self.parts.append(view)
+
+
+def encode(batch: Mapping[str, Array]) -> list[memoryview]:
+    """One packet as the parts of its frame, for ``os.writev``; any reader of the format loads it.
+
+    The arrays' memory is not copied where it is contiguous and not of datetimes: do not change
+    them before the parts are written. Text as object arrays of str becomes 'U' arrays; None has
+    no counterpart there and is a PacketError, as is a packet over 4 GiB.
+    """
+    sink = _Parts()
+    pickle.dump({name: _plain(name, x) for name, x in batch.items()}, sink, protocol=5)
+    length = sum(len(part) for part in sink.parts)
+    if length > FRAME_BYTES_LIMIT:
+        raise PacketError(f"a packet of {length} bytes; its length field ends at 4 GiB")
+    return [memoryview(length.to_bytes(HEADER_BYTES)), *sink.parts]
+
+
+def _plain(name: str, array: Array) -> Array:
+    array = np.asarray(array)  # a subclass such as memmap would be pickled as itself
+    if array.dtype == object:
+        return _as_text(name, array)
+    if array.flags.c_contiguous or array.flags.f_contiguous:
+        return array
+    return np.ascontiguousarray(array)
+
+
+def _as_text(name: str, array: Array) -> Array:
+    for value in array.flat:
+        if type(value) is not str or value.endswith("\0"):  # numpy drops trailing NULs
+            found = "text that ends in NUL" if isinstance(value, str) else type(value).__name__
+            raise PacketError(
+                f"field {name!r} holds {found}, which a numpy 'U' array cannot;"
+                " leave the field or those rows out, or use another format"
+            )
+    return array.astype(str)
