@@ -1,0 +1,208 @@
+"""A reader of stores written from docs/format.md alone: it shares no line with kvstore.
+
+Slow and strict: every checksum, name, key and total that the document promises is checked.
+Values come as plain Python: times as stored, datetime64 as counts, complex as [real, imag].
+The section of docs/format.md that each function follows is named in its docstring.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import lz4.block
+import msgpack
+import xxhash
+
+# py-lmdb 3 can also open LMDB 1.0 files and asks which engine to use; 2.x knows only 0.9.
+ENGINE: dict[str, Any] = {"lib_version": 0} if hasattr(lmdb.Environment, "lib_version") else {}
+UNITS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
+CODES = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I"}
+CODES |= {"u8": "Q", "f2": "e", "f4": "f", "f8": "d", "c8": "ff", "c16": "dd"}
+
+
+def record(data: bytes) -> Any:
+    """Section 5, records."""
+    checksum, body = data[:4], data[4:]
+    assert struct.unpack(">I", checksum)[0] == xxhash.xxh3_64_intdigest(body) & 0xFFFFFFFF
+    return msgpack.unpackb(body, strict_map_key=False)
+
+
+def read_tables(path: Path) -> dict[str, dict[bytes, bytes]]:
+    """Section 4, the four tables of a segment file."""
+    with (
+        lmdb.open(str(path), subdir=False, readonly=True, lock=False, max_dbs=4, **ENGINE) as env,
+        env.begin() as txn,
+    ):
+        names = ("index", "blocks", "order", "meta")
+        tables = {name: env.open_db(name.encode(), txn=txn, create=False) for name in names}
+        return {name: dict(txn.cursor(table)) for name, table in tables.items()}
+
+
+def read_store(path: Path) -> dict[str, Any]:
+    """Sections 2, 8 and 9: marks, and for each stream its fields and rows by time, then arrival."""
+    version, store_id, _ = record((path / "store.msgpack").read_bytes())
+    assert version == 1
+    files = sorted((path / "segments").glob("*.mdb"))
+    metas: list[dict[bytes, Any]] = []
+    rows: dict[bytes, list[Any]] = {}
+    for file in files:
+        tables = read_tables(file)
+        metas.append({key: record(value) for key, value in tables["meta"].items()})
+        assert metas[-1][b"identity"][:3] == [1, store_id, int(file.stem)]
+        streams = {key[7:]: value for key, value in metas[-1].items() if key[:7] == b"stream:"}
+        for batch in read_batches(tables, streams):
+            rows.setdefault(batch[0], []).append(batch[1:])
+    newest = metas[-1]
+    check_totals(metas, rows)
+    marks = {key[5:].decode(): value for key, value in newest.items() if key[:5] == b"mark:"}
+    found = {}
+    for stream_id, (name, time, _, fields) in streams.items():
+        columns = gathered(fields, rows.get(stream_id, []))
+        found[name] = {"time": time, "fields": fields, "rows": columns}
+    return {"segments": len(files), "marks": marks, "streams": found}
+
+
+def read_batches(
+    tables: dict[str, dict[bytes, bytes]], streams: dict[bytes, Any]
+) -> Iterator[tuple[Any, ...]]:
+    """Sections 6.2 and 6.3: of each batch: stream id, sort key, times, columns, totals."""
+    assert len(tables["order"]) == len(tables["index"])
+    used = set()
+    for key, value in tables["index"].items():
+        own_key, count, first, last, blocks = record(value)
+        stream_id, (span, biased_ns, sequence) = key[:4], struct.unpack(">BQQ", key[4:])
+        assert own_key == key == stream_id + tables["order"][stream_id + key[-8:]]
+        _, time, versions, fields = streams[stream_id]
+        assert len(blocks) in versions
+        columns, sizes = [], [0, 0]
+        for number, (field, (codec, raw_bytes, stored_bytes, checksum, *inline)) in enumerate(
+            zip(fields, blocks, strict=False)
+        ):
+            block_key = key + struct.pack(">H", number)
+            data = inline[0] if inline else tables["blocks"][block_key]
+            used |= set() if inline else {block_key}
+            assert len(data) == stored_bytes
+            assert bool(inline) == (stored_bytes < 256)
+            assert xxhash.xxh3_64_intdigest(data) == checksum
+            columns.append(decode(data, codec, raw_bytes, field, count))
+            sizes = [sizes[0] + raw_bytes, sizes[1] + stored_bytes]
+        number = [field[0] for field in fields].index(time)
+        times, dtype = columns[number], fields[number][1]
+        assert times == sorted(times)
+        assert (first, last) == (times[0], times[-1])
+        assert to_ns(first, dtype) + 2**63 == biased_ns
+        assert span == (to_ns(last, dtype) - to_ns(first, dtype)).bit_length()
+        totals = [count, 1, *sizes, first, last, sequence + 1]
+        yield stream_id, key[5:], times, columns, totals
+    assert used == set(tables["blocks"])
+
+
+def to_ns(time: float, dtype: str) -> int:
+    """Section 6.1, times."""
+    if dtype == "<f8":
+        return int((Decimal(repr(time)) * 10**9).to_integral_value("ROUND_HALF_EVEN"))
+    return int(time) * (1 if dtype == "<i8" else UNITS[dtype[4:-1]])
+
+
+def decode(data: bytes, codec: int, raw_bytes: int, field: list[Any], count: int) -> list[Any]:
+    """Section 7, blocks: one value per row, nested as the field's shape says."""
+    _, dtype, shape, *_ = field
+    if codec == 2:
+        flat = msgpack.unpackb(
+            lz4.block.decompress(data, uncompressed_size=raw_bytes),
+            unicode_errors="surrogatepass",
+        )
+    else:
+        raw = blosc(data) if codec == 1 else data
+        assert len(raw) == raw_bytes
+        kind = "i8" if dtype[1] in "mM" else dtype[1:]
+        unpacked = struct.iter_unpack("<" + CODES[kind], raw)
+        flat = [list(value) if len(value) > 1 else value[0] for value in unpacked]
+    assert len(flat) == count * math.prod(shape)
+    return nested(flat, shape, count)
+
+
+def nested(flat: list[Any], shape: list[int], count: int) -> list[Any]:
+    if not shape:
+        return flat
+    width = len(flat) // count
+    rows = [flat[row * width : (row + 1) * width] for row in range(count)]
+    return [nested(row, shape[1:], shape[0]) if shape[0] else [] for row in rows]
+
+
+def blosc(data: bytes) -> bytes:
+    """Section 7.1, Blosc-LZ4, by LZ4's own block decompressor."""
+    _, _, flags, width, raw_bytes, block_bytes, stored_bytes = struct.unpack_from("<4B3I", data)
+    assert (stored_bytes, flags >> 5, flags & 0b110) == (len(data), 1, 0)
+    out = bytearray()
+    for number in range(-(-raw_bytes // block_bytes)):
+        (position,) = struct.unpack_from("<I", data, 16 + 4 * number)
+        size = min(block_bytes, raw_bytes - number * block_bytes)
+        split = not flags & 0x10 and size == block_bytes and size // width >= 128
+        parts = b""
+        for _ in range(width if split else 1):
+            part_bytes = size // width if split else size
+            (packed_bytes,) = struct.unpack_from("<I", data, position)
+            part = data[position + 4 : position + 4 + packed_bytes]
+            position += 4 + packed_bytes
+            if packed_bytes != part_bytes:
+                part = lz4.block.decompress(part, uncompressed_size=part_bytes)
+            parts += part
+        out += unshuffled(parts, width) if flags & 1 else parts
+    return bytes(out)
+
+
+def unshuffled(data: bytes, width: int) -> bytes:
+    count = len(data) // width
+    planes = [data[n * count : (n + 1) * count] for n in range(width)]
+    return b"".join(map(bytes, zip(*planes, strict=True))) + data[width * count :]
+
+
+def gathered(fields: list[Any], batches: list[Any]) -> dict[str, list[Any]]:
+    """Sections 6.4 and 8: rows by time, equal times by arrival; fills for fields added later."""
+    rows: list[tuple[Any, tuple[Any, ...]]] = []
+    for key, times, columns, _ in batches:
+        count = len(times)
+        missing = [[fill(field)] * count for field in fields[len(columns) :]]
+        for row, values in enumerate(zip(*columns, *missing, strict=True)):
+            rows.append(((times[row], key[8:], row), values))
+    rows.sort(key=lambda each: each[0])
+    return {field[0]: [values[n] for _, values in rows] for n, field in enumerate(fields)}
+
+
+def fill(field: list[Any]) -> Any:
+    _, dtype, shape, _, _, *declared = field
+    defaults = {"f": math.nan, "c": [math.nan, 0.0], "m": -(2**63), "M": -(2**63), "e": None}
+    value = declared[0] if declared else defaults[dtype[1]]
+    for length in reversed(shape):
+        value = [value] * length
+    return value
+
+
+def check_totals(metas: list[dict[bytes, Any]], rows: dict[bytes, list[Any]]) -> None:
+    """Sections 9 and 13: sealed summaries and totals count every batch; sequences have no gap."""
+    newest = metas[-1]
+    sealed = [value for key, value in newest.items() if key[:7] == b"sealed:"]
+    assert [each[0] for each in sealed] == list(range(1, len(metas)))
+    assert [each[2] for each in sealed] == [meta[b"commit"] for meta in metas[:-1]]
+    for stream_id, batches in rows.items():
+        sequences = sorted(key[8:] for key, *_ in batches)
+        assert sequences == [struct.pack(">Q", n) for n in range(len(batches))]
+        parts = [each[3].get(struct.unpack(">I", stream_id)[0]) for each in sealed]
+        parts.append(newest.get(b"total:" + stream_id))
+        held = functools.reduce(plus, (part for part in parts if part))
+        assert held == functools.reduce(plus, (batch[3] for batch in batches))
+
+
+def plus(one: list[Any], other: list[Any]) -> list[Any]:
+    firsts = [each[4] for each in (one, other) if each[0]]
+    lasts = [each[5] for each in (one, other) if each[0]]
+    sums = [one[n] + other[n] for n in range(4)]
+    return [*sums, min(firsts), max(lasts), max(one[6], other[6])]
