@@ -1,11 +1,11 @@
 """kvstore: an embedded, time-keyed store for sensor data.
 
-    with kvstore.open("run.kv", mode="w") as store:
-        store.stream("particles").append({"timestamps": t, "scattering": s, "spectral": p})
+with kvstore.open("run.kv", mode="w") as store:
+    store.stream("particles").append({"timestamps": t, "scattering": s, "spectral": p})
 
-    with kvstore.open("run.kv") as store:
-        for batch in store["particles"].read("2026-02-17T15:32:37", "2026-02-17T15:32:38"):
-            ...
+with kvstore.open("run.kv") as store:
+    for batch in store["particles"].read("2026-02-17T15:32:37", "2026-02-17T15:32:38"):
+        ...
 """
 
 from kvstore.errors import (

@@ -58,7 +58,7 @@ def encode(array: Array, field: Field, *, copy: bool = True) -> Block:
         data: Bytes = _compress(flat)
         if len(data) < flat.nbytes:
             return Block(BLOSC, flat.nbytes, checksum(data), data)
-    data = flat.tobytes() if copy else memoryview(flat.view(np.uint8))
+    data = flat.tobytes() if copy else flat.view(np.uint8).data
     return Block(RAW, flat.nbytes, checksum(data), data)
 
 
@@ -132,7 +132,7 @@ def _copy_checked(data: memoryview, out: Array, expected: int, *, verify: bool) 
     for start in range(0, len(source), CHECK_BYTES):
         piece = target[start : start + CHECK_BYTES]
         np.copyto(piece, source[start : start + CHECK_BYTES])
-        digest.update(piece)
+        digest.update(piece.data)
     if digest.intdigest() != expected:
         raise DamageError(f"checksum is {digest.intdigest():016x}, stored was {expected:016x}")
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from kvstore import codec, libc
-from kvstore.errors import DiskFull, KvstoreError, StoreClosed, StoreError
+from kvstore.errors import KvstoreError, StoreError
 from kvstore.layout import Layout
 from kvstore.segment import (
     MAP_SPARE_BYTES,
@@ -37,7 +37,7 @@ from kvstore.segment import (
 
 GROUP_BYTES: Final = 32 << 20  # a commit of this size comes close to bare writes
 QUEUE_BYTES_MAX: Final = 64 << 20  # one group being committed while the next one gathers
-MANUAL_BYTES_MAX: Final = 1 << 30  # what may wait for flush where only flush commits
+COMMIT_BYTES_MAX: Final = 1 << 30  # where rows and marks must be one transaction
 RETRY_S: Final = 1.0  # after a failed commit, unless flush asks earlier
 
 
@@ -50,6 +50,7 @@ class Queued:
     blocks: Sequence[Future[codec.Block]] | Sequence[codec.Block] = ()
     define: StreamInfo | None = None
     marks: Mapping[str, Any] | None = None
+    joined: bool = False  # in one transaction with what is queued next
 
 
 class Committer:
@@ -77,13 +78,14 @@ class Committer:
         self._progress = threading.Condition(self.lock)
         self._queue: deque[Queued] = deque()
         self._queued_bytes = 0
+        self.is_full = False  # more rows would not fit into one transaction with those queued
         self._oldest_s: float | None = None
         self._asked = self._answered = 0
         self._failed_s = 0.0
         self.error: BaseException | None = None
         self._closing = False
-        number = layout.numbers()[-1]
-        self._segment = Segment.open(layout.segment_path(number), number, "write")
+        number, store_id = layout.active(), layout.store_id()
+        self._segment = Segment.open(layout.segment_path(number), number, "write", store_id)
         self.state: State = self._segment.state()
         self._sequences = {
             info.stream_id: self.state.stream_totals(info.stream_id).next_sequence
@@ -102,6 +104,7 @@ class Committer:
             item.batch = item.batch._replace(sequence=sequence)
         self._queue.append(item)
         self._queued_bytes += item.size
+        self.is_full = self._interval_s is None and self._queued_bytes > COMMIT_BYTES_MAX
         self.note_rows()
 
     def note_rows(self) -> None:
@@ -114,13 +117,21 @@ class Committer:
 
     def wait_for_room(self) -> None:
         """Block while more than the queue's limit is held; returns early on an error."""
-        if self._interval_s is None and self._queued_bytes > MANUAL_BYTES_MAX:
-            raise StoreError(
-                f"{self._layout.path}: more than {MANUAL_BYTES_MAX} bytes wait for flush(): "
-                "flush more often, or open with a flush_interval_s"
-            )
         if self._interval_s is not None and self._queued_bytes > QUEUE_BYTES_MAX:
             self._progress.wait_for(lambda: self._queued_bytes <= QUEUE_BYTES_MAX or self.error)
+
+    def check_size(self, size: int, *, joined: bool) -> None:
+        """StoreError, before anything is queued, where one transaction would grow too large."""
+        if self._interval_s is None:
+            size += self._queued_bytes + self.staged_bytes
+        elif not joined:
+            return
+        if size > COMMIT_BYTES_MAX:
+            raise StoreError(
+                f"{self._layout.path}: {size} bytes in one transaction, at most "
+                f"{COMMIT_BYTES_MAX}: append less at once or flush more often; without marks "
+                "and with a flush_interval_s there is no limit"
+            )
 
     def wait_until_durable(self) -> None:
         """Ask for a commit of all that is queued or staged, and wait for it."""
@@ -157,19 +168,39 @@ class Committer:
                     self._work.wait(self._patience_s())
                 if self._closing:
                     return
-                self._seal()
-                group, ticket = list(self._queue), self._asked
-                self._queue.clear()
-                self._oldest_s = None
+                try:
+                    self._seal()
+                except BaseException as error:  # noqa: BLE001  # out of memory
+                    self._failed([], error)
+                    continue
+                group, ticket = self._take()
             try:
                 self._commit(group)
             except BaseException as error:  # noqa: BLE001  # handed to the next append or flush
-                self._failed(group, error)
+                with self.lock:
+                    self._failed(group, error)
             else:
                 self._succeeded(group, ticket)
 
+    def _take(self) -> tuple[list[Queued], int]:
+        """What goes into the next commit, and the last flush that it answers.
+
+        All that is queued, but not a single append of gigabytes: LMDB holds a transaction in
+        memory, and the segment's address range has an end.
+        """
+        group: list[Queued] = []
+        size = 0
+        while self._queue:
+            may_end = not group or not group[-1].joined
+            if size >= QUEUE_BYTES_MAX and may_end and self._interval_s is not None:
+                return group, self._answered
+            group.append(self._queue.popleft())
+            size += group[-1].size
+        self._oldest_s = None
+        return group, self._asked
+
     def _is_due(self) -> bool:
-        if self._closing or self._asked > self._answered and self.error is None:
+        if self._closing or (self._asked > self._answered and self.error is None):
             return True
         if self._oldest_s is None or self._interval_s is None:
             return False
@@ -186,32 +217,40 @@ class Committer:
         return max(0.0, due - time.monotonic())
 
     def _failed(self, group: list[Queued], error: BaseException) -> None:
-        with self.lock:
-            self._queue.extendleft(reversed(group))
-            self._oldest_s = self._failed_s = time.monotonic()
-            self.error = error
-            self._progress.notify_all()
+        self._queue.extendleft(reversed(group))
+        self._oldest_s = self._failed_s = time.monotonic()
+        self.error = error
+        self._progress.notify_all()
 
     def _succeeded(self, group: list[Queued], ticket: int) -> None:
         with self.lock:
             self._queued_bytes -= sum(item.size for item in group)
+            self.is_full = False
             self._answered = ticket
             self.error = None
             self._progress.notify_all()
 
     def _commit(self, group: list[Queued]) -> None:
-        if group:
-            batches = [_finished(item) for item in group if item.batch is not None]
-            state, records = _next_state(self.state, batches, group)
-            size = sum(batch.stored_bytes for batch in batches)
-            with libc.early_writeback(self._segment.environment.path, size):
-                self._segment.commit(batches, records)
-            self.state = state
+        if not group:
+            return
+        if self._is_full():
+            self._roll()  # again: what readers may take for sealed must get no more rows
+        batches = [_finished(item) for item in group if item.batch is not None]
+        state, records = _next_state(self.state, batches, group)
+        size = sum(batch.stored_bytes for batch in batches)
+        with libc.early_writeback(self._segment.environment.path, size):
+            self._segment.commit(batches, records)
+        self.state = state
+        with suppress(StoreError, OSError):  # the rows are safe; tried again before the next
+            if self._is_full():
+                self._roll()
+
+    def _is_full(self) -> bool:
+        if not any(totals.rows for totals in self.state.totals.values()):
+            return False  # however much it carries: a roll would not make it smaller
         environment = self._segment.environment
         limit = min(self._segment_bytes, environment.map_bytes() - MAP_SPARE_BYTES)
-        if environment.used_bytes() >= limit:
-            with suppress(DiskFull):  # tried again after the next commit
-                self._roll()
+        return environment.used_bytes() >= limit
 
     def _roll(self) -> None:
         old, path = self.state, self._segment.environment.path
@@ -228,7 +267,8 @@ class Committer:
             totals={key: Totals(next_sequence=t.next_sequence) for key, t in old.totals.items()},
             sealed={**old.sealed, old.number: sealed},
         )
-        fresh = Segment.open(self._layout.roll(state, self._segment_bytes), state.number, "write")
+        final = self._layout.roll(state, self._segment_bytes)
+        fresh = Segment.open(final, state.number, "write", state.store_id)
         self._segment.close()
         self._segment, self.state = fresh, state
         path.with_name(path.name + "-lock").unlink(missing_ok=True)

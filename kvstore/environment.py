@@ -46,7 +46,7 @@ _META_TAIL: Final = struct.Struct("<QQ")  # last page, transaction id
 _META_TAIL_OFFSET: Final = 16 + 24 + 2 * 48
 _MAGIC: Final = 0xBEEFC0DE
 _FORMAT_0_9: Final = 1
-_ENGINE_0_9: Final = {"lib_version": 0} if hasattr(lmdb.Environment, "lib_version") else {}
+_ENGINE_0_9: Final[dict[str, Any]] = {"lib_version": 0} if hasattr(lmdb.Environment, "lib_version") else {}
 
 _FORK_WAIT_S: Final = 5.0  # the longest transaction is one commit
 _PAGE_BYTES: Final = frozenset(1 << bits for bits in range(9, 17))  # what LMDB can have
@@ -253,8 +253,10 @@ def open_environment(
     more when its lock file is there. seen_writer: that content before ``mode`` was decided on.
     """
     with _opened_lock:
-        with translated(path):
+        try:
             found = path.stat()
+        except FileNotFoundError:
+            raise StoreFormatError(f"{path}: missing: restore it from a backup") from None
         key = (found.st_dev, found.st_ino)
         environment = _opened.get(key)
         if environment is None:

@@ -65,7 +65,7 @@ class PacketError(KvstoreError, ValueError):
         return (_packet_error, (self.reason, self.packet, self.offset, self.whole))
 
 
-def _packet_error(reason: str, packet: int, offset: int, whole: bool) -> PacketError:
+def _packet_error(reason: str, packet: int, offset: int, whole: bool) -> PacketError:  # noqa: FBT001
     return PacketError(reason, packet=packet, offset=offset, whole=whole)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -47,6 +48,8 @@ class Staging:
             return 0
         try:
             values: list[Any] = [row[name] for name in self._names]
+            if isinstance(values[self._time], np.ndarray):
+                return 0
             if not self._range[0] <= values[self._time] <= self._range[1]:
                 return 0
             packed: bytes = self._pack(*values)
@@ -65,10 +68,12 @@ class Staging:
     def take(self) -> list[Array]:
         """All staged rows as columns in arrival order; the staging is empty afterwards."""
         self._close_packed()
-        parts, self._parts, self.bytes = self._parts, [], 0
-        if len(parts) == 1:
-            return parts[0]
-        return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+        parts = self._parts
+        taken = parts[0]
+        if len(parts) > 1:
+            taken = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+        self._parts, self.bytes = [], 0
+        return taken
 
     def _close_packed(self) -> None:
         if not self._packed:
@@ -99,16 +104,18 @@ def size_of(columns: list[Array]) -> int:
 def cut(columns: list[Array], time: int) -> Iterator[list[Array]]:
     """Rows sorted by time, stably, in pieces of at most BATCH_BYTES_MAX of even length.
 
-    time: number of the time column. A single row is never cut.
+    time: number of the time column. A single row is never cut; no rows make no piece.
     """
-    columns = _sorted(columns, time)
     rows = len(columns[time])
+    if not rows:
+        return
+    columns = _sorted(columns, time)
     pieces = min(rows, -(-size_of(columns) // BATCH_BYTES_MAX))
-    if pieces <= 1:
+    if pieces == 1:
         yield columns
         return
     ends = [rows * piece // pieces for piece in range(pieces + 1)]
-    for start, stop in zip(ends, ends[1:], strict=False):
+    for start, stop in pairwise(ends):
         yield [column[start:stop] for column in columns]
 
 

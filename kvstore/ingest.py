@@ -4,11 +4,12 @@
 
 The reading thread is the caller's. Packets are views into the buffers that the bytes were
 read into, and go to the store uncopied. Back-pressure is the store's: ``append`` waits while
-64 MB are queued, and the pipe fills up. Stopping is cooperative: ``stop`` is asked before each
-read; whatever packets were complete by then are committed.
+64 MB are queued, and the pipe fills up. Stopping is cooperative: ``readinto`` says when, and
+whatever packets were complete by then are committed.
 
-A malformed packet ends the run after everything before it is committed, unless
-``skip_errors`` is set and the packet's frame is whole: then it is counted and passed over.
+What a packet must look like is said in one place, the stream's schema; what does not fit it
+becomes a PacketError here. A malformed packet ends the run after everything before it is
+committed, unless ``on_error`` is given and the packet's frame is whole: then it is passed over.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from kvstore import libc
 from kvstore.errors import PacketError, SchemaError, TimeError
 from kvstore.packets import PARTICLE_FIELDS, PARTICLE_TIME, Packet, PacketDecoder
-from kvstore.schema import Array, Field, Schema
+from kvstore.schema import Field, Schema
 from kvstore.store import Store, Stream
 
 PARTICLES: Final = "particles"
@@ -29,6 +31,9 @@ PARTICLE_SCHEMA: Final = Schema(
     tuple(Field(name, dtype, shape) for name, (dtype, shape) in PARTICLE_FIELDS.items()),
     PARTICLE_TIME,
 )
+_DRAINED_BYTES_MAX: Final = libc.PIPE_BYTES  # what a producer can have sent and we not seen
+
+OnError = Callable[[PacketError], None]
 
 
 @dataclass(slots=True)
@@ -41,25 +46,34 @@ class Progress:
     skipped: int = 0
     first: Any = None  # time of the first row to arrive, in the stream's own dtype
     last: Any = None  # and of the last
+    ended: bool = False  # the (last) input was read to its end, whatever came of it
 
 
 class Source:
     """A file descriptor to read from, that a signal can interrupt between two packets.
 
-    wakeup_fd: becomes readable when reading should stop, or None.
+    wakeup_fd: becomes readable when reading should stop, or None. What waits in the pipe by
+    then is still read, up to a pipe's size: its sender believes it delivered.
     """
 
     def __init__(self, fd: int, wakeup_fd: int | None = None):
         self._fd = fd
         self._wakeup_fd = wakeup_fd
+        self._drained = 0
 
     def readinto(self, buffer: memoryview) -> int | None:
         """Bytes read, 0 at the end of the input, None where reading should stop."""
         if self._wakeup_fd is not None:
             ready, _, _ = select.select([self._fd, self._wakeup_fd], [], [])
             if self._wakeup_fd in ready:
-                return None
+                return self._drain(buffer) if self._fd in ready else None
         return os.readv(self._fd, [buffer])
+
+    def _drain(self, buffer: memoryview) -> int | None:
+        """The end of the input counts as stopping: the same Ctrl-C may have ended the sender."""
+        count = os.readv(self._fd, [buffer[: _DRAINED_BYTES_MAX - self._drained]])
+        self._drained += count
+        return count or None
 
 
 def ingest(
@@ -69,35 +83,49 @@ def ingest(
     *,
     stream: str = PARTICLES,
     time_field: str = "",
-    skip_errors: bool = False,
+    on_error: OnError | None = None,
     progress: Progress,
 ) -> bool:
     """Append packets until the input ends (True) or reading should stop (False).
 
+    time_field: name of the time field where the stream is new and its name is not one of
+    schema.TIME_NAMES. on_error: called with the error of each malformed packet whose frame is
+    whole, which is then passed over; without it that error is raised.
+
     Everything appended is committed before this returns or raises. Raises PacketError for
     malformed input, and what the store raises.
     """
+    progress.ended = False
     try:
         target = _target(store, stream, time_field)
         while count := readinto(decoder.buffer()):
             decoder.received(count)
             progress.bytes += count
-            _take(decoder, target, skip_errors=skip_errors, progress=progress)
+            _take(decoder, target, on_error, progress)
         if count == 0:
+            progress.ended = True
             decoder.close()
-        return count == 0
+        return progress.ended
     finally:
         store.flush()
 
 
 def _target(store: Store, name: str, time_field: str) -> Stream:
-    if name == PARTICLES and name not in store and not time_field:
-        return store.stream(name, PARTICLE_SCHEMA)
-    return store.stream(name, time=time_field)
+    """The stream to append to; for particles its schema is known before the first packet."""
+    if name not in store:
+        particles = name == PARTICLES and not time_field
+        return store.stream(name, PARTICLE_SCHEMA if particles else None, time=time_field)
+    stream = store[name]
+    if time_field not in ("", stream.time):
+        raise SchemaError(
+            f"{store.path}: the time field of stream {name!r} is {stream.time!r}, not "
+            f"{time_field!r}; choose another --stream, or leave out --time-field"
+        )
+    return stream
 
 
 def _take(
-    decoder: PacketDecoder, target: Stream, *, skip_errors: bool, progress: Progress
+    decoder: PacketDecoder, target: Stream, on_error: OnError | None, progress: Progress
 ) -> None:
     """Append all packets that are complete by now."""
     while True:
@@ -106,9 +134,10 @@ def _take(
                 _append(target, packet)
                 _count(target, packet, progress)
         except PacketError as error:
-            if not (skip_errors and error.whole):
+            if on_error is None or not error.whole:
                 raise
             progress.skipped += 1
+            on_error(error)
         else:
             return
 
@@ -121,8 +150,8 @@ def _append(target: Stream, packet: Packet) -> None:
 
 
 def _count(target: Stream, packet: Packet, progress: Progress) -> None:
-    times: Array = packet.arrays[target.time]
     progress.packets += 1
+    times = packet.arrays[target.time]
     if len(times):
         progress.rows += len(times)
         progress.last = times[-1]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import time
 import uuid
 from contextlib import suppress
@@ -21,11 +22,12 @@ from typing import Final
 from kvstore import codec
 from kvstore.environment import translated
 from kvstore.errors import DamageError, StoreFormatError, StoreLocked, StoreNotFound
-from kvstore.segment import FORMAT, State, create_segment
+from kvstore.segment import FORMAT, Segment, State, create_segment
 
 _IDENTITY: Final = "store.msgpack"
 _LOCK: Final = "writer.lock"
 _SEGMENTS: Final = "segments"
+_SEGMENT_NAME: Final = re.compile(r"[0-9]{8,}\.mdb")
 _LOCK_TRIES: Final = 25  # a reader's probe holds the lock for microseconds: 0.5 s is ample
 _LOCK_WAIT_S: Final = 0.02
 
@@ -43,8 +45,19 @@ class Layout:
 
     def numbers(self) -> list[int]:
         """Numbers of the segments there are, ascending; the last is the active one."""
-        names = os.listdir(self.segments)
-        return sorted(int(name[:-4]) for name in names if name.endswith(".mdb"))
+        with translated(self.segments):
+            names = os.listdir(self.segments)
+        return sorted(int(name[:-4]) for name in names if _SEGMENT_NAME.fullmatch(name))
+
+    def active(self) -> int:
+        """Number of the active segment."""
+        numbers = self.numbers()
+        if not numbers:
+            raise StoreFormatError(
+                f"{self.segments}: no segment there, expected at least one: restore the store "
+                "from a backup"
+            )
+        return numbers[-1]
 
     def exists(self) -> bool:
         """Whether a store stands here; a creation cut short does not count."""
@@ -68,9 +81,18 @@ class Layout:
         return bytes(store_id)
 
     def create(self, segment_bytes: int) -> None:
-        """Make an empty store; a creation that was cut short is done again from the start."""
-        state = State(uuid.uuid4().bytes, 1, time.time_ns())
-        self.roll(state, segment_bytes)
+        """Make an empty store, or finish a creation that was cut short.
+
+        Where segments are there already, the identity file is written again from the last: a
+        store that lost only this file keeps its rows.
+        """
+        numbers = self.numbers()
+        if numbers:
+            state = _stored_state(self.segment_path(numbers[-1]), numbers[-1])
+            sync_folder(self.segments)
+        else:
+            state = State(uuid.uuid4().bytes, 1, time.time_ns())
+            self.roll(state, segment_bytes)
         identity = codec.packed([FORMAT, state.store_id, state.created_ns])
         _write_durably(self.path / _IDENTITY, identity)
 
@@ -89,18 +111,23 @@ class Layout:
                 sync_folder(folder.parent)
 
     def roll(self, state: State, segment_bytes: int) -> Path:
-        """Make the segment that ``state`` describes under its final name, durably."""
+        """Make the segment that ``state`` describes under its final name, durably.
+
+        One that is there already is the same: its roll failed after the rename, and nothing
+        was committed since. Readers may have it open, so it stays.
+        """
         final = self.segment_path(state.number)
-        fresh = final.with_suffix(".tmp")
-        create_segment(fresh, state, segment_bytes)
         with translated(final):
-            fresh.rename(final)
+            if not final.exists():
+                fresh = final.with_suffix(".tmp")
+                create_segment(fresh, state, segment_bytes)
+                fresh.rename(final)
             sync_folder(self.segments)
         return final
 
     def tidy(self) -> None:
         """Remove what a roll cut short left behind, and lock files of sealed segments."""
-        active = self.segment_path(self.numbers()[-1]).name
+        active = self.segment_path(self.active()).name
         with translated(self.segments):
             for entry in os.listdir(self.segments):
                 if entry.endswith(".tmp") or (
@@ -130,26 +157,60 @@ class WriterLock:
 
     def __init__(self, layout: Layout):
         self._path = layout.path / _LOCK
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
+        with translated(self._path):
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
+        try:
+            self._acquire()
+            with translated(self._path):
+                os.ftruncate(self._fd, 0)
+                self.announce()
+        except BaseException:
+            os.close(self._fd)
+            raise
+        _held.add(self._fd)
+
+    def _acquire(self) -> None:
         for _ in range(_LOCK_TRIES):
             with suppress(BlockingIOError):
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                return
             time.sleep(_LOCK_WAIT_S)
-        else:
-            holder = os.pread(self._fd, 64, 0).split()
-            os.close(self._fd)
-            pid = holder[0].decode() if holder else "unknown"
-            raise StoreLocked(
-                f"{layout.path}: process {pid} is writing to this store; wait until it ends, "
-                "or read instead: any number of readers may be open"
-            )
-        os.ftruncate(self._fd, 0)
+        holder = os.pread(self._fd, 64, 0).split()
+        pid = holder[0].decode() if holder else "unknown"
+        raise StoreLocked(
+            f"{self._path.parent}: process {pid} is writing to this store; wait until it ends, "
+            "or read instead: any number of readers may be open"
+        )
+
+    def announce(self) -> None:
+        """Change what the lock says: readers look again for the active segment's lock file."""
         os.pwrite(self._fd, b"%d %d\n" % (os.getpid(), time.time_ns()), 0)
 
     def release(self) -> None:
         """Let the next writer in."""
+        _held.discard(self._fd)
         os.close(self._fd)
+
+
+_held: set[int] = set()
+
+
+def _close_in_child() -> None:
+    """A child's copy would keep the lock held after the parent released it or died."""
+    for fd in _held:
+        os.close(fd)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _stored_state(path: Path, number: int) -> State:
+    segment = Segment.open(path, number, "alone", store_id=b"")
+    try:
+        return segment.state()
+    finally:
+        segment.close()
 
 
 def sync_folder(folder: Path) -> None:
@@ -170,5 +231,3 @@ def _write_durably(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         fresh.rename(path)
         sync_folder(path.parent)
-
-

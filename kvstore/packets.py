@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from kvstore.errors import PacketError
+from kvstore.errors import PacketError, TimeError
+from kvstore.timestamps import check_times, time_bounds
 from kvstore.unpickle import Unpickler
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ _CHUNK_BYTES: Final = 1 << 20  # one read of a 1 MiB pipe
 _SMALL_BYTES: Final = 64 << 10  # copying up to this into the next chunk costs less than a buffer
 _CODE_POINT_MAX: Final = 0x10FFFF
 _SURROGATES: Final = (0xD800, 0xDFFF)
+
+_TIME_KINDS: Final = ("f8", "i8", "M8")
+_FLOAT64: Final = np.dtype(np.float64)
+_FLOAT_TIME_MAX: Final = time_bounds(_FLOAT64)[1]
 
 PARTICLE_TIME: Final = "timestamps"
 PARTICLE_FIELDS: Final[dict[str, tuple[np.dtype[Any], tuple[int, ...]]]] = {
@@ -197,8 +202,8 @@ class PacketDecoder:
 def check(packet: Packet, *, time_field: str = PARTICLE_TIME) -> int:
     """Rows of a packet of any dict of arrays; PacketError where it is not rows in time.
 
-    All arrays share their first axis; times are one finite number or datetime per row. No rows
-    at all is fine.
+    All arrays share their first axis; times are one finite float64 (seconds), int64 (ns) or
+    datetime64 per row. No rows at all is fine.
     """
     arrays = packet.arrays
     times = arrays.get(time_field)
@@ -206,7 +211,7 @@ def check(packet: Packet, *, time_field: str = PARTICLE_TIME) -> int:
         raise packet.error(
             f"no field {time_field!r} among {_names(arrays)}; name the time field (--time-field)"
         )
-    if times.ndim != 1 or times.dtype.kind not in "fiM":
+    if times.ndim != 1 or times.dtype.str[1:3] not in _TIME_KINDS:
         raise packet.error(
             f"the times {time_field!r} are {_kind(times)}; one float64 in seconds, int64 in"
             " nanoseconds or datetime64 per row is expected"
@@ -253,14 +258,14 @@ def _kind(array: Array) -> str:
 
 
 def _check_times(packet: Packet, name: str, times: Array) -> None:
-    """Only finite times can be ordered."""
-    if times.dtype.kind == "i":
-        return
-    finite = np.isfinite(times)
-    if np.logical_and.reduce(finite):
-        return
-    row = int(np.argmin(finite))
-    raise packet.error(f"{name}[{row}] is {times[row]}; every row needs a finite time")
+    """Only finite times between 1677 and 2262 can be ordered and stored."""
+    if times.dtype == _FLOAT64 and np.logical_and.reduce(np.abs(times) <= _FLOAT_TIME_MAX):
+        return  # the usual case, in two calls: packets of one row are mostly overhead
+    native = times.astype(times.dtype.newbyteorder("="), copy=False)
+    try:
+        check_times(native, native.dtype)
+    except TimeError as error:
+        raise packet.error(f"{name}, {error}") from error
 
 
 def _check_stored_values(packet: Packet, name: str, array: Array) -> None:

@@ -112,7 +112,7 @@ class Machine:
         """The next bytes, as a view."""
         stop = self.position + size
         if stop > len(self.frame):
-            raise self.error(f"announces {size} bytes and has fewer")
+            raise self.error(f"ends where {size} more bytes belong")
         taken = self.frame[self.position : stop]
         self.position = stop
         return taken

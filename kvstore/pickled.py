@@ -123,10 +123,12 @@ class PickledArray:
 def expect(value: object, kind: type[T], what: str) -> T:
     """The value, if it is exactly of that type: a bool is no dimension."""
     if type(value) is not kind:
-        raise PacketError(
-            f"{what} should be of type {kind.__name__.lower()}, not {type(value).__name__.lower()}"
-        )
+        raise PacketError(f"{what} should be of type {_noun(kind)}, not {_noun(type(value))}")
     return value
+
+
+def _noun(kind: type) -> str:
+    return kind.__name__.lower().removeprefix("pickled")
 
 
 def excerpt(text: str) -> str:
@@ -154,15 +156,17 @@ def _dtype_code(code: str) -> str:
 
 def dtype_of_state(code: str, state: tuple[object, ...]) -> np.dtype[Any]:
     """The dtype that ``numpy.dtype(code)`` becomes by ``__setstate__(state)``."""
-    if len(state) != (9 if code in _TIMES else 8) or type(state[0]) is not int:
-        raise PacketError(f"the state of dtype {code!r} has {len(state)} items")
+    items, version = (9, 4) if code in _TIMES else (8, 3)
+    if len(state) != items or expect(state[0], int, "a dtype's version") != version:
+        raise PacketError(f"dtype {code!r} with a state other than numpy's of version {version}")
     if any(state[index] is not None for index in (2, 3, 4)):  # sub-array, names, fields
         raise PacketError("an array of structured dtype; send one field each")
     dtype = np.dtype(code + (_time_unit(state[8]) if code in _TIMES else ""))
-    order, size = expect(state[1], str, "a byte order"), expect(state[5], int, "an item size")
-    allowed = ("|",) if dtype.byteorder == "|" else ("<", ">")
-    if size not in (-1, dtype.itemsize) or order not in allowed:
-        raise PacketError(f"dtype {code!r} of item size {size} and byte order {excerpt(order)}")
+    order = expect(state[1], str, "a byte order")
+    sizes = [expect(item, int, "a dtype's size, alignment or flags") for item in state[5:8]]
+    wanted = [dtype.itemsize, 4, 8] if dtype.kind == "U" else [-1, -1, 0]
+    if sizes != wanted or order not in (("|",) if dtype.byteorder == "|" else ("<", ">")):
+        raise PacketError(f"dtype {code!r} of byte order {excerpt(order)} and sizes {sizes}")
     return dtype.newbyteorder(cast('Literal["<", ">", "|"]', order))
 
 

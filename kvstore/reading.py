@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
-from kvstore.errors import DamageError, SchemaError
+from kvstore.errors import DamageError, KvstoreError, SchemaError, StoreFormatError
 from kvstore.schema import Array, Batch, Schema
 from kvstore.segment import Entry, OnDamage, Segment, State, StreamInfo, Totals
 from kvstore.timestamps import (
@@ -27,6 +27,7 @@ from kvstore.timestamps import (
     time_bounds,
     time_to_ns,
     to_time,
+    typed_time,
 )
 
 Inclusive = Literal["both", "left"]
@@ -44,7 +45,9 @@ class Range(NamedTuple):
 
     def overlaps(self, first: Any, last: Any) -> bool:
         """Whether rows from first to last can lie in the range."""
-        return bool(last >= self.start and (first < self.stop if self.open_end else self.below(first)))
+        return bool(
+            last >= self.start and (first < self.stop if self.open_end else self.below(first))
+        )
 
     def below(self, time: Any) -> bool:
         """Whether a time is not past the end."""
@@ -74,7 +77,7 @@ def make_range(
     if inclusive not in ("both", "left"):
         raise SchemaError(f"inclusive={inclusive!r}: use 'both' for [start, stop], 'left' for [)")
     dtype = schema.time_dtype
-    low, high = (np.array(end).astype(dtype)[()] for end in time_bounds(dtype))
+    low, high = (typed_time(end, dtype) for end in time_bounds(dtype))
     if start is not None:
         low = to_time(start, dtype, side="start", unit=unit)
     if stop is not None:
@@ -102,52 +105,79 @@ class Scan(NamedTuple):
 
         A segment is opened only when its first batch may be next, closed after its last.
         """
-        stream_id = self.info.stream_id
-        end = self.state.stream_totals(stream_id).next_sequence
         heap: list[Any] = [
-            (first, number, None, None, None) for first, number in self._candidates()
+            (first, number, None, self._of_segment(number, totals))
+            for first, number, totals in self._candidates()
         ]
         heapq.heapify(heap)
         try:
             while heap:
-                _, number, segment, entry, rest = heapq.heappop(heap)
-                if segment is None:
-                    segment = self.open_segment(number)
-                    rest = segment.entries(
-                        stream_id, self.range.start_ns, self.range.stop_ns,
-                        on_damage=self.on_damage,
-                    )  # fmt: skip
-                elif entry.sequence < end and self.range.overlaps(entry.first, entry.last):
-                    yield segment, entry
-                following = next(rest, None)
-                if following is None:
-                    segment.close()
+                _, number, found, rest = heap[0]
+                if found is not None:
+                    yield found
+                found = next(rest, None)
+                if found is None:
+                    heapq.heappop(heap)
                 else:
-                    heapq.heappush(heap, (following.order, number, segment, following, rest))
+                    heapq.heapreplace(heap, (found[1].order, number, found, rest))
         finally:
-            for _, _, segment, _, _ in heap:
-                if segment is not None:
-                    segment.close()
+            for _, _, _, rest in heap:
+                rest.close()
 
-    def _candidates(self) -> Iterator[tuple[bytes, int]]:
+    def _candidates(self) -> Iterator[tuple[bytes, int, Totals]]:
         stream_id, dtype = self.info.stream_id, self.info.schema.time_dtype
         held = [(number, sealed.totals) for number, sealed in self.state.sealed.items()]
         for number, per_stream in [*held, (self.state.number, self.state.totals)]:
             totals = per_stream.get(stream_id, Totals())
             if totals.rows and self.range.overlaps(totals.first, totals.last):
-                first = np.array(totals.first).astype(dtype)[()]
-                yield encode_key(time_to_ns(first, dtype), 0), number
+                first = typed_time(totals.first, dtype)
+                yield encode_key(time_to_ns(first, dtype), 0), number, totals
 
-    def damaged(self, entry: Entry, error: DamageError) -> None:
+    def _of_segment(self, number: int, totals: Totals) -> Iterator[tuple[Segment, Entry]]:
+        """One segment's entries; what is wrong with the segment as a whole goes to on_damage."""
+        end = self.state.stream_totals(self.info.stream_id).next_sequence
+        seen = 0
+
+        def unreadable(error: DamageError) -> None:
+            nonlocal seen
+            seen += 1
+            self._report(str(error), error)
+
+        try:
+            segment = self.open_segment(number)
+        except StoreFormatError as error:
+            self._report(self._rows(totals) + f" cannot be read: {error}", error)
+            return
+        try:
+            for entry in segment.entries(
+                self.info.stream_id, self.range.start_ns, self.range.stop_ns, on_damage=unreadable
+            ):
+                if entry.sequence < end and self.range.overlaps(entry.first, entry.last):
+                    seen += 1
+                    yield segment, entry
+        except StoreFormatError as error:
+            self._report(self._rows(totals) + f" cannot all be read: {error}", error)
+        else:
+            if seen != totals.batches and self.range.covers(totals.first, totals.last):
+                self._report(
+                    self._rows(totals) + f" cannot all be read: the index of segment {number} "
+                    f"shows {seen} batches, expected {totals.batches}"
+                )
+        finally:
+            segment.close()
+
+    def damaged(self, entry: Entry, error: KvstoreError) -> None:
         """Report a batch that cannot be read, with all that is known of it."""
+        self._report(f"{self._rows(entry)} cannot be read: {error}", error)
+
+    def _rows(self, part: Entry | Totals) -> str:
         dtype = self.info.schema.time_dtype
-        ends = [format_time(np.array(t).astype(dtype)[()], dtype) for t in (entry.first, entry.last)]
-        message = (
-            f"stream {self.info.name!r}, {entry.rows} rows from {ends[0]} to {ends[1]} "
-            f"cannot be read: {error}"
-        )
-        report = DamageError(message)
-        report.__cause__ = error
+        ends = [format_time(typed_time(t, dtype), dtype) for t in (part.first, part.last)]
+        return f"{part.rows} rows from {ends[0]} to {ends[1]}"
+
+    def _report(self, message: str, cause: KvstoreError | None = None) -> None:
+        report = DamageError(f"stream {self.info.name!r}, {message}")
+        report.__cause__ = cause
         self.on_damage(report)
 
     def times(self, segment: Segment, entry: Entry, *, verify: bool = True) -> Array:
@@ -180,7 +210,7 @@ def count(scan: Scan) -> int:
             continue
         try:
             inside = scan.range.rows(scan.times(segment, entry))
-        except DamageError as error:
+        except (DamageError, StoreFormatError) as error:
             scan.damaged(entry, error)
         else:
             rows += inside.stop - inside.start
@@ -193,7 +223,7 @@ def _columns(
     for segment, entry in scan.entries():
         try:
             columns = _fetch(scan, segment, entry, numbers, verify=verify)
-        except DamageError as error:
+        except (DamageError, StoreFormatError) as error:
             scan.damaged(entry, error)
         else:
             if columns is not None:
@@ -231,16 +261,22 @@ def _merged(
         if held is None:
             held = arrived
             continue
-        ready = int(np.searchsorted(held[1], times[0], "left"))
+        ready = int(np.searchsorted(held[1], _safe_until(times[0]), "left"))
         if ready:
             yield dict(zip(names, (column[:ready] for column in held[2:]), strict=True))
-        rest = [
-            np.concatenate([old[ready:], new]) for old, new in zip(held, arrived, strict=True)
-        ]
+        rest = [np.concatenate([old[ready:], new]) for old, new in zip(held, arrived, strict=True)]
         order = np.lexsort((rest[0], rest[1]))
         held = [column[order] for column in rest]
     if held is not None:
         yield dict(zip(names, held[2:], strict=True))
+
+
+def _safe_until(first: Any) -> Any:
+    """The time before which rows can be handed out, as no later batch begins earlier.
+
+    Batches come in the order of their keys: of floats that share a ns, the later may be less.
+    """
+    return first - 2e-9 if first.dtype.kind == "f" else first
 
 
 def limited(batches: Iterator[Batch], rows: int) -> Iterator[Batch]:
@@ -251,5 +287,3 @@ def limited(batches: Iterator[Batch], rows: int) -> Iterator[Batch]:
         rows -= length
         if rows <= 0:
             return
-
-

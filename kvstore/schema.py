@@ -11,9 +11,11 @@ the caller's: who keeps them must copy.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from enum import Enum
+from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -28,13 +30,22 @@ BatchLike = Mapping[str, ArrayLike]
 
 FIELDS_MAX: Final = 1000  # bounds an index record: about 20 bytes a field
 NAME_BYTES_MAX: Final = 255
+DESCRIPTION_BYTES_MAX: Final = 4096  # of unit and description: every new segment carries them
 ROW_BYTES_MAX: Final = 256 << 20  # a row is never cut: bounds one block and one packet alike
 TIME_NAMES: Final = ("timestamps", "timestamp", "time")
 """Tried in this order where the time field is not named."""
 
 _TEXT = np.dtype(object)
 _KINDS = "biufcmM"
-_NO_FILL: Final = "no fill"
+
+
+class _NoFill(Enum):
+    """Stands for a fill that was not declared; an enum's member stays itself when pickled."""
+
+    NO_FILL = "no fill"
+
+
+_NO_FILL: Final = _NoFill.NO_FILL
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +54,9 @@ class Field:
 
     dtype: any bool, integer, float (16, 32, 64), complex, datetime64 or timedelta64 dtype,
     or ``"text"`` (str or None). shape: of one row's value, ``()`` for a scalar. fill: what
-    stands for this field in batches stored before it was added; without one, floats give NaN,
-    times NaT and text None, while integers and bools have no honest fill.
+    stands for this field in batches stored before it was added, one value for a whole row;
+    without one, floats give NaN, times NaT and text None, while integers and bools have no
+    honest fill.
     """
 
     name: str
@@ -65,6 +77,10 @@ class Field:
                 f"field {self.name!r}: a row of {self.row_bytes} bytes is over the limit of "
                 f"{ROW_BYTES_MAX}; split it into several fields or rows"
             )
+        _check_text(self.unit, f"unit of field {self.name!r}")
+        _check_text(self.description, f"description of field {self.name!r}")
+        if self.fill is not _NO_FILL:
+            object.__setattr__(self, "fill", _canonical_fill(self))
 
     @property
     def np_dtype(self) -> np.dtype[Any]:
@@ -83,7 +99,7 @@ class Field:
 
     def filled(self, rows: int) -> Array:
         """Rows of the fill value; NoFillError where none would be honest."""
-        if self.fill != _NO_FILL:
+        if self.fill is not _NO_FILL:
             value = self.fill
         elif self.np_dtype.kind in "fc":
             value = np.nan
@@ -103,10 +119,11 @@ class Field:
         """Plain values for msgpack, in the order of docs/format.md."""
         dtype = "text" if self.is_text else self.np_dtype.str
         record = [self.name, dtype, list(self.shape), self.unit, self.description]
-        if self.fill == _NO_FILL:
+        if self.fill is _NO_FILL:
             return record
-        value = np.asarray(self.fill)
-        plain = int(value.astype("i8")) if value.dtype.kind in "mM" else value.item()
+        if self.is_text:
+            return [*record, self.fill]
+        plain = self.fill.view("i8").item() if self.np_dtype.kind in "mM" else self.fill.item()
         if isinstance(plain, complex):
             plain = [plain.real, plain.imag]
         return [*record, plain]
@@ -135,6 +152,31 @@ def check_name(name: str, what: str) -> None:
         )
 
 
+def _check_text(text: str, what: str) -> None:
+    try:
+        fits = isinstance(text, str) and len(text.encode()) <= DESCRIPTION_BYTES_MAX
+    except UnicodeEncodeError:  # a lone surrogate
+        fits = False
+    if not fits:
+        raise SchemaError(f"{what}: use text of at most {DESCRIPTION_BYTES_MAX} bytes of UTF-8")
+
+
+def _canonical_fill(field: Field) -> Any:
+    """The fill in the field's own dtype; one that is the default anyway counts as none."""
+    value = field.fill
+    if field.is_text:
+        if value is None:
+            return _NO_FILL
+        _check_text(value, f"fill of field {field.name!r}")
+        return value
+    column = _column(field, value, one_row=False)
+    if column.shape != ():
+        raise SchemaError(
+            f"field {field.name!r}: a fill of shape {column.shape}, expected one scalar"
+        )
+    return _NO_FILL if field.np_dtype.kind in "fcmM" and np.isnan(column) else column[()]
+
+
 def _canonical(dtype: DTypeLike, name: str) -> np.dtype[Any]:
     if dtype in ("text", str) or (isinstance(dtype, np.dtype) and dtype.kind in "UTO"):
         return _TEXT
@@ -149,7 +191,7 @@ def _canonical(dtype: DTypeLike, name: str) -> np.dtype[Any]:
             f"field {name!r}: dtype {given} cannot be stored; use bool, integer, float16 to "
             "float64, complex, datetime64, timedelta64 or text"
         )
-    if given.kind in "mM" and np.datetime_data(given)[0] == "generic":
+    if given.kind in "mM" and np.datetime_data(cast(Any, given))[0] == "generic":
         raise SchemaError(f"field {name!r}: dtype {given} has no unit; use for example '<M8[ns]'")
     return given.newbyteorder("<")
 
@@ -164,6 +206,10 @@ class Schema:
 
     fields: tuple[Field, ...]
     time: str = ""
+    # What arrays must be to be taken as they are; empty where there is text, which never is.
+    _exact: tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...] = dataclasses.field(
+        init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fields", tuple(self.fields))
@@ -175,6 +221,9 @@ class Schema:
         if self.time not in names:
             raise SchemaError(f"the time field {self.time!r} is not among the fields {names}")
         _check_time_field(self.time_field)
+        exact = tuple((each.name, each.np_dtype, each.shape) for each in self.fields)
+        has_text = any(each.is_text for each in self.fields)
+        object.__setattr__(self, "_exact", () if has_text else exact)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -188,7 +237,7 @@ class Schema:
 
     @property
     def time_dtype(self) -> np.dtype[Any]:
-        """dtype of the time field."""
+        """The time field's dtype."""
         return self.time_field.np_dtype
 
     @property
@@ -217,10 +266,10 @@ class Schema:
         time = time or _guess_time(tuple(batch))
         if time not in batch:
             raise SchemaError(f"the time field {time!r} is not in the batch: {sorted(batch)}")
-        lead = np.ndim(np.asarray(batch[time]))
+        lead = _array(batch[time], time).ndim
         fields = []
         for name, values in batch.items():
-            array = np.asarray(values)
+            array = _array(values, name)
             if array.ndim < lead:
                 raise SchemaError(f"field {name!r}: needs a first axis of rows as {time!r} has")
             dtype = _text_or(array, name)
@@ -251,25 +300,23 @@ class Schema:
         check_times(times, self.time_dtype)
         return columns
 
-
     def _exact_columns(self, batch: BatchLike) -> list[Array] | None:
         """The columns where all are arrays of the very dtype and shape, in a few µs."""
-        if len(batch) != len(self.fields) or self.time not in batch:
+        times = batch.get(self.time)
+        if type(times) is not np.ndarray or times.ndim != 1 or len(batch) != len(self._exact):
             return None
-        times = batch[self.time]
-        rows = len(times) if isinstance(times, np.ndarray) and times.ndim == 1 else -1
+        rows = len(times)
         columns: list[Array] = []
-        for field in self.fields:
-            column = batch.get(field.name)
+        for name, dtype, shape in self._exact:
+            column = batch.get(name)
             if (
                 type(column) is not np.ndarray
-                or column.dtype != field.dtype
-                or column.shape != (rows, *field.shape)
-                or field.is_text
+                or column.dtype != dtype
+                or column.shape != (rows, *shape)
             ):
                 return None
             columns.append(column)
-        check_times(times, self.time_dtype)  # type: ignore[arg-type]  # an array, as seen above
+        check_times(times, times.dtype)
         return columns
 
 
@@ -300,37 +347,58 @@ def _text_or(array: Array, name: str) -> DTypeLike:
     raise SchemaError(f"field {name!r}: Python objects cannot be stored; text is str or None")
 
 
+def _array(values: ArrayLike, name: str, dtype: Any = None) -> Array:
+    """An array by numpy's own rules; SchemaError where it finds no array, or only a rounded one."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise SchemaError(f"field {name!r}: a masked array's mask cannot be stored; fill it first")
+    try:
+        with np.errstate(over="raise"):
+            return np.asarray(values, dtype=dtype)
+    except (TypeError, ValueError, OverflowError, FloatingPointError) as error:
+        raise SchemaError(f"field {name!r} ({dtype or 'inferred'}): {error}") from error
+
+
 def _column(field: Field, values: ArrayLike, *, one_row: bool) -> Array:
     if field.is_text:
-        column = np.asarray(values, dtype=object)
+        column = _array(values, field.name, field.np_dtype)
         _text_or(column, field.name)
-    elif isinstance(values, np.ndarray | np.generic):
-        if values.dtype != field.np_dtype and not np.can_cast(values.dtype, field.np_dtype):
-            raise SchemaError(
-                f"field {field.name!r}: dtype {values.dtype} does not fit {field.np_dtype} "
-                "without loss; convert it before appending"
-            )
-        column = np.asarray(values, dtype=field.np_dtype)
+    elif isinstance(values, np.ndarray) and values.dtype == field.np_dtype:
+        column = _array(values, field.name)
     else:
         column = _converted(field, values)
     return column[np.newaxis] if one_row else column
 
 
 def _converted(field: Field, values: ArrayLike) -> Array:
-    """A list or scalar as an array, refusing what numpy would quietly round off."""
-    try:
-        plain = np.asarray(values)
-        column = np.asarray(values, dtype=field.np_dtype)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise SchemaError(f"field {field.name!r} ({field.np_dtype}): {error}") from error
-    integers = plain.dtype.kind in "iu" and field.np_dtype.kind in "iu"  # numpy checks the bounds
-    if plain.size and not (
-        integers or plain.dtype.kind == "U" or np.can_cast(plain.dtype, field.np_dtype, "same_kind")
-    ):
-        raise SchemaError(
-            f"field {field.name!r}: {plain.dtype} values do not fit {field.np_dtype}"
-        )
-    return column
+    """The values in the field's dtype, refusing what numpy would quietly round or wrap around.
+
+    Only Python's own floats may be rounded, to the field's precision: they have no dtype.
+    """
+    given = _array(values, field.name)
+    kinds = given.dtype.kind + field.np_dtype.kind
+    plain = not isinstance(values, np.ndarray | np.generic)
+    fits = np.can_cast(given.dtype, field.np_dtype, "same_kind" if plain else "safe")
+    if not given.size or fits or (plain and kinds in ("ii", "iu", "ui", "uu", "UM", "Um")):
+        column = _array(values, field.name, field.np_dtype)
+        if _is_exact(given, column):
+            return column
+    raise SchemaError(
+        f"field {field.name!r}: {given.dtype} values do not fit {field.np_dtype} without loss; "
+        "convert them before appending"
+    )
+
+
+def _is_exact(given: Array, column: Array) -> bool:
+    """Whether integers and times kept their values: numpy takes any cast of them for safe."""
+    source, target = given.dtype.kind, column.dtype.kind
+    if not given.size or source + target in ("im", "um") or source not in "iumM":
+        return True
+    if target in "fc":
+        largest = 1 << (np.finfo(column.dtype).nmant + 1)
+        return bool(given.min() >= -largest and given.max() <= largest)
+    if source in "mM":
+        return np.array_equal(column.astype(given.dtype), given, equal_nan=True)
+    return np.array_equal(column, given)
 
 
 def _mismatch(given: set[str], expected: set[str]) -> str:

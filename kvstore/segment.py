@@ -19,11 +19,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+
 from kvstore import codec
 from kvstore.environment import Environment, Txn, create_environment, open_environment
 from kvstore.errors import DamageError, StoreError, StoreFormatError
 from kvstore.schema import Array, Field, Schema
-from kvstore.timestamps import decode_key, encode_key, seek_ns, span_class
+from kvstore.timestamps import (
+    MIN_NS,
+    decode_key,
+    encode_key,
+    format_time,
+    seek_ns,
+    span_class,
+)
 
 FORMAT: Final = 1
 INLINE_BYTES: Final = 256  # smaller blocks live in the index record: no page of their own
@@ -36,6 +45,8 @@ _STREAM_CLASS: Final = struct.Struct(">IB")
 _SEQUENCE: Final = struct.Struct(">IQ")
 _NUMBER: Final = struct.Struct(">H")
 _TIME_OFFSET: Final = 5
+_KEY_BYTES: Final = 21
+_INT64: Final = np.dtype(np.int64)
 
 
 class Totals(NamedTuple):
@@ -162,13 +173,23 @@ class Segment:
 
     @classmethod
     def open(
-        cls, path: Path, number: int, mode: Any, *, writer: Callable[[], bytes] = bytes
+        cls,
+        path: Path,
+        number: int,
+        mode: Any,
+        store_id: bytes,
+        *,
+        writer: Callable[[], bytes] = bytes,
+        seen_writer: bytes = b"",
     ) -> Segment:
-        """Open the file and check that it is that segment; mode as in environment.py."""
-        environment = open_environment(path, mode, writer=writer)
+        """Open the file and check that it is that segment of that store.
+
+        mode, writer, seen_writer: as in environment.py. store_id: b"" where it is not known.
+        """
+        environment = open_environment(path, mode, writer=writer, seen_writer=seen_writer)
         segment = cls(number, environment)
         try:
-            segment._check_identity()
+            segment._check_identity(store_id)
         except BaseException:
             environment.close()
             raise
@@ -183,7 +204,7 @@ class Segment:
         """Give up this handle's share of the file."""
         self.environment.close()
 
-    def _check_identity(self) -> None:
+    def _check_identity(self, store_id: bytes) -> None:
         with self.environment.read() as txn:
             identity = _identity(self.environment, txn)
         if identity[0] != FORMAT:
@@ -194,6 +215,11 @@ class Segment:
         if identity[2] != self.number:
             raise StoreFormatError(
                 f"{self.environment.path}: holds segment {identity[2]}: renamed? Give it its name"
+            )
+        if store_id not in (b"", identity[1]):
+            raise StoreFormatError(
+                f"{self.environment.path}: a segment of the store {identity[1].hex()}, expected "
+                f"{store_id.hex()}: move it away, put this store's own segment in its place"
             )
 
     def state(self) -> State:
@@ -271,9 +297,7 @@ class Segment:
                 self._decode(txn, entry, number, field_, verify=verify) for number, field_ in wanted
             ]
 
-    def _decode(
-        self, txn: Txn, entry: Entry, number: int, field_: Field, *, verify: bool
-    ) -> Array:
+    def _decode(self, txn: Txn, entry: Entry, number: int, field_: Field, *, verify: bool) -> Array:
         kind, raw_bytes, stored_bytes, expected, *inline = entry.blocks[number]
         if inline:
             data = memoryview(inline[0])
@@ -370,11 +394,20 @@ def _order(entry: Entry) -> bytes:
 
 
 def _entry(key: bytes, value: bytes) -> Entry:
-    what = f"index record of the batch at {decode_key(key[_TIME_OFFSET:])[0]} ns"
-    record = codec.unpacked(value, what)
-    if record[0] != key:
-        raise DamageError(f"{what}: stands under a key that is not its own")
+    try:
+        record = codec.unpacked(value, "its index record")
+        if record[0] != key:
+            raise DamageError("its index record stands under a key that is not its own")
+    except DamageError as error:
+        raise DamageError(f"a batch {_place(key)} cannot be read: {error}") from error
     return Entry(*record)
+
+
+def _place(key: bytes) -> str:
+    if len(key) != _KEY_BYTES:
+        return f"under a key of {len(key)} bytes, expected {_KEY_BYTES},"
+    first_ns = np.int64(max(decode_key(key[_TIME_OFFSET:])[0], MIN_NS))
+    return f"that begins at {format_time(first_ns, _INT64)}"
 
 
 def _identity(environment: Environment, txn: Txn) -> list[Any]:

@@ -19,8 +19,6 @@ import numpy as np
 from kvstore import reading
 from kvstore.errors import (
     DamageError,
-    KvstoreError,
-    SchemaError,
     StoreClosed,
     StoreError,
     StreamNotFound,
@@ -29,7 +27,7 @@ from kvstore.layout import Layout
 from kvstore.reading import Inclusive, Scan
 from kvstore.schema import Batch, BatchLike, Field, Schema
 from kvstore.segment import OnDamage, Segment, State, StreamInfo
-from kvstore.timestamps import TimeLike, Unit
+from kvstore.timestamps import TimeLike, Unit, typed_time
 from kvstore.writer import FLUSH_INTERVAL_S, SEGMENT_BYTES, StreamWriter, Writer
 
 _OPEN_SEGMENTS_MAX: Final = 16  # kept open between reads: a file descriptor and a map each
@@ -82,7 +80,6 @@ def open_store(
         raise StoreError(f"mode={mode!r}: use 'r' to read, 'w' to create or append")
     layout = Layout(path)
     if mode == "r":
-        layout.store_id()
         return Store(layout, None)
     if not layout.exists():
         layout.prepare()
@@ -99,12 +96,13 @@ class Store:
 
     def __init__(self, layout: Layout, writer: Writer | None):
         self._layout = layout
+        self._store_id = layout.store_id()
         self._writer = writer
         self._pid = os.getpid()
         self._closed = False
         self._lock = threading.Lock()
         self._sealed: OrderedDict[int, Segment] = OrderedDict()
-        self._active = self._open_active(layout.numbers()[-1])
+        self._active = self._open_active(layout.active())
         self._state: State | None = None
         self._seen_commit = -1
 
@@ -189,7 +187,7 @@ class Store:
             self.close()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (open_store, (self.path,))
+        return (open_store, (str(self._layout.path.absolute()),))
 
     def __repr__(self) -> str:
         return f"kvstore.open({self.path!r}, mode={self.mode!r})"
@@ -229,7 +227,8 @@ class Store:
         self._check_usable()
         with self._lock:
             if number != self._active.number and number not in self._sealed:
-                self._keep(Segment.open(self._layout.segment_path(number), number, "alone"))
+                path = self._layout.segment_path(number)
+                self._keep(Segment.open(path, number, "alone", self._store_id))
             return (self._sealed.get(number) or self._active).shared()
 
     def writer(self) -> Writer:
@@ -240,9 +239,12 @@ class Store:
         return self._writer
 
     def _open_active(self, number: int) -> Segment:
+        seen = self._layout.writer()  # first: of a writer that starts now, it changes later
         mode: Literal["shared", "alone"] = "shared" if self._layout.has_writer() else "alone"
         path = self._layout.segment_path(number)
-        return Segment.open(path, number, mode, writer=self._layout.writer)
+        return Segment.open(
+            path, number, mode, self._store_id, writer=self._layout.writer, seen_writer=seen
+        )
 
     def _keep(self, segment: Segment) -> None:
         self._sealed[segment.number] = segment
@@ -400,7 +402,9 @@ class Stream:
         writer = self._store.writer()
         found = writer.find(self.name)
         if found is None:
-            found = writer.define(self.name, Schema.infer(batch, self._time))
+            schema = Schema.infer(batch, self._time)
+            schema.columns(batch)  # a batch that is refused must not leave a stream behind
+            found = writer.define(self.name, schema)
         return found
 
 
@@ -415,10 +419,7 @@ def _raise(error: DamageError) -> None:
 def _stats(state: State, info: StreamInfo) -> StreamStats:
     totals = state.stream_totals(info.stream_id)
     dtype = info.schema.time_dtype
-    ends = [
-        None if end is None else np.array(end).astype(dtype)[()]
-        for end in (totals.first, totals.last)
-    ]
+    ends = [None if end is None else typed_time(end, dtype) for end in (totals.first, totals.last)]
     return StreamStats(
         info.name,
         info.schema,

@@ -31,6 +31,7 @@ SEGMENT_BYTES: Final = 2 << 30
 SEGMENT_BYTES_MIN: Final = 64 << 10  # room for the tables and what a new segment carries
 ENCODERS: Final = 2  # threads: one for each core of the smallest device
 _MARK_BYTES_MAX: Final = 64 << 10
+_FLUSH_INTERVAL_S_MAX: Final = 86400.0
 
 
 class StreamWriter:
@@ -47,6 +48,11 @@ class Writer:
     def __init__(self, layout: Layout, *, flush_interval_s: float | None, segment_bytes: int):
         if segment_bytes < SEGMENT_BYTES_MIN:
             raise StoreError(f"segment_bytes={segment_bytes}: use at least {SEGMENT_BYTES_MIN}")
+        if flush_interval_s is not None and not 0 <= flush_interval_s <= _FLUSH_INTERVAL_S_MAX:
+            raise StoreError(
+                f"flush_interval_s={flush_interval_s}: use 0 to {_FLUSH_INTERVAL_S_MAX:.0f} "
+                "seconds, or None where only flush() is to commit"
+            )
         self._layout = layout
         self._pid = os.getpid()
         self._closed = False
@@ -62,6 +68,7 @@ class Writer:
                 segment_bytes=segment_bytes,
                 seal=self._seal_all,
             )
+            self._lock.announce()
         except BaseException:
             self._lock.release()
             raise
@@ -108,19 +115,23 @@ class Writer:
         """
         committer = self._committer
         with committer.lock:
-            if committer.error or self._closed or self._pid != os.getpid():
+            if committer.error or committer.is_full or self._closed or self._pid != os.getpid():
                 self.check_usable()
                 committer.raise_error()
+                committer.check_size(0, joined=False)
             if marks is None and (packed := stream.staging.add_row(batch)):
                 self._note_staged(stream, packed)
                 return
         checked = _checked(marks)
         schema, columns = _columns(stream.info, batch)
         size = size_of(columns)
-        if size < SMALL_BYTES and schema is stream.info.schema:
-            self._stage(stream, columns, size, checked, copy=copy)
-        else:
-            self._append_large(stream, schema, columns, checked, copy=copy)
+        with committer.lock:
+            committer.check_size(size, joined=bool(checked))
+            # Decided and done under one lock: another thread may add fields in between.
+            if size < SMALL_BYTES and schema is stream.info.schema:
+                self._stage(stream, columns, size, checked, copy=copy)
+                return
+        self._append_large(stream, schema, columns, checked, copy=copy)
 
     def _stage(
         self,
@@ -131,13 +142,15 @@ class Writer:
         *,
         copy: bool,
     ) -> None:
-        with self._committer.lock:
-            if size:
-                stream.staging.add(columns, size, copy=copy)
-                self._note_staged(stream, size)
-            if marks:
-                self._seal_all()
-                self._committer.put(Queued(marks=marks))
+        """Stage a few rows; the committer's lock is held."""
+        if size:
+            stream.staging.add(columns, size, copy=copy)
+        if marks:
+            self._committer.staged_bytes += size
+            self._seal_all(joined=True)
+            self._committer.put(Queued(marks=marks))
+        elif size:
+            self._note_staged(stream, size)
 
     def _note_staged(self, stream: StreamWriter, size: int) -> None:
         self._committer.staged_bytes += size
@@ -163,11 +176,11 @@ class Writer:
         else:
             items = [self._encoding(stream.info, schema, part) for part in parts]
         with self._committer.lock:
-            self._seal(stream)
+            self._seal_all() if marks else self._seal(stream)
             for item in items:
+                item.joined = bool(marks)
                 self._committer.put(item)
             if marks:
-                self._seal_all()
                 self._committer.put(Queued(marks=marks))
             self._committer.wait_for_room()
 
@@ -202,19 +215,22 @@ class Writer:
                 f"{self._layout.path}: opened before this process was forked; open it again here"
             )
 
-    def _seal_all(self) -> None:
+    def _seal_all(self, *, joined: bool = False) -> None:
         for stream in self._streams.values():
-            self._seal(stream)
+            self._seal(stream, joined=joined)
 
-    def _seal(self, stream: StreamWriter) -> None:
+    def _seal(self, stream: StreamWriter, *, joined: bool = False) -> None:
         """Queue a stream's staged rows; the committer's lock is held."""
         if not stream.staging.bytes:
             return
         schema = stream.info.schema
-        self._committer.staged_bytes -= stream.staging.bytes
+        size = stream.staging.bytes
         columns = stream.staging.take()
+        self._committer.staged_bytes -= size
         for part in cut(columns, schema.number(schema.time)):
-            self._committer.put(self._encoding(stream.info, schema, part))
+            item = self._encoding(stream.info, schema, part)
+            item.joined = joined
+            self._committer.put(item)
 
     def _encoded(self, info: StreamInfo, schema: Schema, columns: list[Array]) -> Queued:
         """A batch whose blocks are made now: the caller may reuse its arrays afterwards."""
@@ -275,12 +291,19 @@ def _extended(info: StreamInfo, schema: Schema) -> StreamInfo:
 
 
 def _checked(marks: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """A deep copy, as they will be read again: the caller may reuse what it passed."""
+    checked = {}
     for name, value in (marks or {}).items():
         check_name(name, "mark")
         try:
-            size = len(msgpack.packb(value))
+            packed = msgpack.packb(value)
         except (TypeError, ValueError, OverflowError) as error:
-            raise SchemaError(f"mark {name!r}: {error}: use plain numbers, text or lists") from error
-        if size > _MARK_BYTES_MAX:
-            raise SchemaError(f"mark {name!r}: {size} bytes; a mark has at most {_MARK_BYTES_MAX}")
-    return dict(marks or {})
+            raise SchemaError(
+                f"mark {name!r}: {error}: use plain numbers, text or lists"
+            ) from error
+        if len(packed) > _MARK_BYTES_MAX:
+            raise SchemaError(
+                f"mark {name!r}: {len(packed)} bytes; a mark has at most {_MARK_BYTES_MAX}"
+            )
+        checked[name] = msgpack.unpackb(packed, strict_map_key=False)
+    return checked

@@ -18,13 +18,22 @@ import typer
 
 from kvstore import libc
 from kvstore import store as stores
-from kvstore.cli.terminal import FAILED, LOSS, complain, parse_size, progress_bar, quiet_if_closed, say, size_text
+from kvstore.cli.terminal import (
+    FAILED,
+    LOSS,
+    complain,
+    parse_size,
+    progress_bar,
+    quiet_if_closed,
+    say,
+    size_text,
+)
 from kvstore.errors import PacketError
 from kvstore.generate import generate as generate_packets
 from kvstore.ingest import PARTICLES, Progress, Source, ingest
 from kvstore.packets import FRAME_BYTES_MAX, PacketDecoder
 from kvstore.timestamps import format_time, parse_duration, plain_time, to_time
-from kvstore.writer import SEGMENT_BYTES
+from kvstore.writer import FLUSH_INTERVAL_S, SEGMENT_BYTES
 
 _MIB = 1 << 20
 
@@ -57,19 +66,25 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same data on every run.")] = None,
     start: Annotated[
         float | None,
-        typer.Option(help="Timestamp of the first packet, ISO 8601 or epoch seconds; now if not given.",
-                     parser=_epoch_seconds, metavar="TIME"),
+        typer.Option(
+            help="Timestamp of the first packet, ISO 8601 or epoch seconds; now if not given.",
+            parser=_epoch_seconds,
+            metavar="TIME",
+        ),
     ] = None,
     particles: Annotated[
-        int | None, typer.Option(help="Particles in every packet; 1 to 1000 by chance if not given.")
+        int | None,
+        typer.Option(help="Particles in every packet; 1 to 1000 by chance if not given."),
     ] = None,
 ) -> None:
     """Send made-up packets to stdout, as the particle counter does.
 
     Example: kvstore generate --pps 100 --max-mb 200 | kvstore write run.kv
     """
-    _refuse_terminal(sys.stdout.fileno(), "packets are binary: pipe them, as in "
-                     "kvstore generate | kvstore write run.kv")
+    _refuse_terminal(
+        sys.stdout.fileno(),
+        "packets are binary: pipe them, as in kvstore generate | kvstore write run.kv",
+    )
     libc.keep_freed_memory()
     libc.enlarge_pipe(1)
     with quiet_if_closed():
@@ -101,13 +116,15 @@ def write(
     ] = "stop",
     flush_interval: Annotated[
         float,
-        typer.Option(help="Longest time until received rows are durable.", parser=_seconds,
-                     metavar="DURATION"),
-    ] = stores.FLUSH_INTERVAL_S,
+        typer.Option(
+            help="Longest time until received rows are durable.",
+            parser=_seconds,
+            metavar="DURATION",
+        ),
+    ] = FLUSH_INTERVAL_S,
     segment_bytes: Annotated[
         int,
-        typer.Option(help="Size at which a new segment is begun.", parser=_bytes,
-                     metavar="SIZE"),
+        typer.Option(help="Size at which a new segment is begun.", parser=_bytes, metavar="SIZE"),
     ] = SEGMENT_BYTES,
     max_packet_bytes: Annotated[
         int,
@@ -123,23 +140,33 @@ def write(
     Example: kvstore generate --pps 100 --max-mb 200 | kvstore write run.kv
     """
     if not files:
-        _refuse_terminal(0, "no packets on stdin: pipe them in, as in "
-                         "kvstore generate | kvstore write run.kv")
+        _refuse_terminal(
+            0, "no packets on stdin: pipe them in, as in kvstore generate | kvstore write run.kv"
+        )
     libc.keep_freed_memory()
     progress, started = Progress(), time.perf_counter()
     code = 0
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_stop_signal())
-        store = stack.enter_context(stores.open_store(
-            path, "w", flush_interval_s=flush_interval, segment_bytes=segment_bytes))
+        store = stack.enter_context(
+            stores.open_store(
+                path, "w", flush_interval_s=flush_interval, segment_bytes=segment_bytes
+            )
+        )
         stack.enter_context(progress_bar(lambda elapsed: _describe(progress, elapsed, path)))
         try:
             for fd in _inputs(files):
                 libc.enlarge_pipe(fd)
                 decoder = PacketDecoder(frame_bytes_max=max_packet_bytes)
-                if not ingest(store, Source(fd, stop).readinto, decoder, stream=stream,
-                              time_field=time_field, skip_errors=on_error == "skip",
-                              progress=progress):
+                if not ingest(
+                    store,
+                    Source(fd, stop).readinto,
+                    decoder,
+                    stream=stream,
+                    time_field=time_field,
+                    skip_errors=on_error == "skip",
+                    progress=progress,
+                ):
                     say("Stopped by a signal; everything received is stored.")
                     break
         except PacketError as error:
@@ -169,8 +196,10 @@ def _stop_signal() -> Iterator[int]:
     with ours, theirs:
         theirs.setblocking(False)
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        before = {number: signal.signal(number, lambda *_: None)
-                  for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, lambda *_: None)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield ours.fileno()
         finally:
@@ -192,8 +221,10 @@ def _summarise(progress: Progress, elapsed: float, store: stores.Store, stream: 
         dtype: Any = store[stream].schema.time_dtype
         say(f"First Data timestamps {format_time(progress.first, dtype)}")
     noun = "particles" if stream == PARTICLES else "rows"
-    say(f"Wrote to storage {progress.packets} packets ({progress.rows} {noun}, "
-        f"{progress.bytes} bytes).")
+    say(
+        f"Wrote to storage {progress.packets} packets ({progress.rows} {noun}, "
+        f"{progress.bytes} bytes)."
+    )
     say(f"Write bandwidth: {progress.rows / elapsed / 1000:.2f} k{noun.capitalize()}/s")
     if progress.last is not None:
         say(f"Last Data timestamp {format_time(progress.last, dtype)}")

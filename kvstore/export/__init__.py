@@ -1,1 +1,1 @@
-"""Rows to other formats, one module a target. Each writes a stream of batches, in bounded memory."""
+"""Rows to other formats, one module a target: batches in, a file out, in bounded memory."""

@@ -25,7 +25,9 @@ def write(batches: Iterable[Batch], fields: Sequence[Field], file: BinaryIO) -> 
     rows = 0
     for batch in batches:
         flat = [list(_values(batch[field.name])) for field in fields]
-        writer.writerows([value for values in row for value in values] for row in zip(*flat, strict=True))
+        writer.writerows(
+            [value for values in row for value in values] for row in zip(*flat, strict=True)
+        )
         rows += len(flat[0])
     text.detach()
     return rows
