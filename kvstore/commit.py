@@ -79,7 +79,7 @@ class Committer:
         self._queue: deque[Queued] = deque()
         self._queued_bytes = 0
         self.is_full = False  # more rows would not fit into one transaction with those queued
-        self._oldest_s: float | None = None
+        self.oldest_s: float | None = None  # since when something waits for its commit
         self._asked = self._answered = 0
         self._failed_s = 0.0
         self.error: BaseException | None = None
@@ -109,8 +109,8 @@ class Committer:
 
     def note_rows(self) -> None:
         """Something waits to be committed: start the clock, wake the thread where it is due."""
-        if self._oldest_s is None:
-            self._oldest_s = time.monotonic()
+        if self.oldest_s is None:
+            self.oldest_s = time.monotonic()
             self._work.notify()
         elif self._queued_bytes + self.staged_bytes >= GROUP_BYTES:
             self._work.notify()
@@ -196,29 +196,29 @@ class Committer:
                 return group, self._answered
             group.append(self._queue.popleft())
             size += group[-1].size
-        self._oldest_s = None
+        self.oldest_s = None
         return group, self._asked
 
     def _is_due(self) -> bool:
         if self._closing or (self._asked > self._answered and self.error is None):
             return True
-        if self._oldest_s is None or self._interval_s is None:
+        if self.oldest_s is None or self._interval_s is None:
             return False
         now = time.monotonic()
         if self.error is not None:
             return now >= self._failed_s + RETRY_S
         full = self._queued_bytes + self.staged_bytes >= GROUP_BYTES
-        return full or now >= self._oldest_s + self._interval_s
+        return full or now >= self.oldest_s + self._interval_s
 
     def _patience_s(self) -> float | None:
-        if self._oldest_s is None or self._interval_s is None:
+        if self.oldest_s is None or self._interval_s is None:
             return None
-        due = self._failed_s + RETRY_S if self.error else self._oldest_s + self._interval_s
+        due = self._failed_s + RETRY_S if self.error else self.oldest_s + self._interval_s
         return max(0.0, due - time.monotonic())
 
     def _failed(self, group: list[Queued], error: BaseException) -> None:
         self._queue.extendleft(reversed(group))
-        self._oldest_s = self._failed_s = time.monotonic()
+        self.oldest_s = self._failed_s = time.monotonic()
         self.error = error
         self._progress.notify_all()
 

@@ -46,11 +46,14 @@ _META_TAIL: Final = struct.Struct("<QQ")  # last page, transaction id
 _META_TAIL_OFFSET: Final = 16 + 24 + 2 * 48
 _MAGIC: Final = 0xBEEFC0DE
 _FORMAT_0_9: Final = 1
-_ENGINE_0_9: Final[dict[str, Any]] = {"lib_version": 0} if hasattr(lmdb.Environment, "lib_version") else {}
+_ENGINES: Final = hasattr(lmdb.Environment, "lib_version")  # py-lmdb 3 bundles 1.0 as well
+_ENGINE_0_9: Final[dict[str, Any]] = {"lib_version": 0} if _ENGINES else {}
 
 _FORK_WAIT_S: Final = 5.0  # the longest transaction is one commit
 _PAGE_BYTES: Final = frozenset(1 << bits for bits in range(9, 17))  # what LMDB can have
 
+generation = 0
+"""Changes in a forked child: a handle that remembers another value is the parent's."""
 _opened: dict[tuple[int, int], Environment] = {}
 _opened_lock = threading.Lock()
 _inherited: list[Environment] = []  # in use when a child was forked: it may not even close them
@@ -71,6 +74,8 @@ def _resume_in_parent() -> None:
 
 
 def _disown_in_child() -> None:
+    global generation  # noqa: PLW0603
+    generation += 1
     for environment in _opened.values():
         environment.disown()
     _opened.clear()
@@ -355,20 +360,22 @@ def _translate(error: lmdb.Error, path: Path, needed_bytes: int) -> StoreError:
         needed_bytes and "Input/output" in str(error) and _free_bytes(path) < needed_bytes
     ):
         return _disk_full(path)
-    if isinstance(error, lmdb.MapFullError):
-        return StoreError(f"{path}: one commit outgrew the segment's address range: {error}")
-    if isinstance(error, lmdb.ReadersFullError):
-        return StoreError(f"{path}: more than {READERS_MAX} readers at once; close some")
-    if isinstance(error, lmdb.LockError | lmdb.ReadonlyError) or "denied" in str(error):
-        return StoreError(
-            f"{path}: reading while a writer runs needs write permission for the lock file "
-            f"{_lock_path(path).name}: {error}"
-        )
     if isinstance(error, lmdb.NotFoundError):
         return StoreFormatError(f"{path}: an LMDB file, but no segment of a store: move it away")
     if isinstance(error, lmdb.CorruptedError | lmdb.InvalidError | lmdb.PageNotFoundError):
         return StoreFormatError(f"{path}: damaged: {error}; restore it from a backup")
-    return StoreError(f"{path}: {error}")
+    return StoreError(f"{path}: {_remedy(error, path)}{error}")
+
+
+def _remedy(error: lmdb.Error, path: Path) -> str:
+    if isinstance(error, lmdb.MapFullError):
+        return "one commit outgrew the segment's address range: "
+    if isinstance(error, lmdb.ReadersFullError):
+        return f"more than {READERS_MAX} readers at once, close some: "
+    if isinstance(error, lmdb.LockError | lmdb.ReadonlyError) or "denied" in str(error):
+        lock = _lock_path(path).name
+        return f"reading while a writer runs needs write permission for the lock file {lock}: "
+    return ""
 
 
 def _free_bytes(path: Path) -> int:

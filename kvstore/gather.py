@@ -10,6 +10,7 @@ Not thread-safe: the writer's lock guards each Staging.
 
 from __future__ import annotations
 
+import operator
 import struct
 from collections.abc import Iterator
 from itertools import pairwise
@@ -27,6 +28,7 @@ _CODES: Final = {
     "<f8": "d", "<f4": "f", "<i8": "q", "<u8": "Q", "<i4": "i", "<u4": "I",
     "<i2": "h", "<u2": "H", "|i1": "b", "|u1": "B",
 }  # fmt: skip  # no bool: struct would take any object for one
+_SCALARS: Final = frozenset({float, int, np.float64, np.int64})
 
 
 class Staging:
@@ -38,19 +40,21 @@ class Staging:
         self._parts: list[list[Array]] = []
         self._packed = bytearray()
         self._pack = _packer(schema)
-        self._names = schema.names
+        self._values = operator.itemgetter(*schema.names)
+        self._count = len(schema.names)
         self._time = schema.number(schema.time)
-        self._range = time_bounds(schema.time_dtype)
+        self._low, self._high = time_bounds(schema.time_dtype)
 
     def add_row(self, row: BatchLike) -> int:
         """Stage one row of plain numbers: its bytes, or 0 where it needs the general way."""
-        if self._pack is None or len(row) != len(self._names):
+        if self._pack is None:
             return 0
         try:
-            values: list[Any] = [row[name] for name in self._names]
-            if isinstance(values[self._time], np.ndarray):
+            values = self._values(row)
+            time = values[self._time]
+            if type(time) not in _SCALARS or len(row) != self._count:
                 return 0
-            if not self._range[0] <= values[self._time] <= self._range[1]:
+            if not self._low <= time <= self._high:
                 return 0
             packed: bytes = self._pack(*values)
         except (KeyError, TypeError, ValueError, OverflowError, struct.error):
@@ -80,13 +84,13 @@ class Staging:
             return
         dtype = np.dtype([(f.name, f.np_dtype) for f in self._schema.fields])
         rows = np.frombuffer(self._packed, dtype)
-        self._parts.append([np.ascontiguousarray(rows[name]) for name in self._names])
+        self._parts.append([np.ascontiguousarray(rows[name]) for name in self._schema.names])
         self._packed = bytearray()
 
 
 def _packer(schema: Schema) -> Any:
     codes = [_CODES.get(field.np_dtype.str, "") for field in schema.fields]
-    if not all(codes) or any(field.shape for field in schema.fields):
+    if not all(codes) or len(codes) == 1 or any(field.shape for field in schema.fields):
         return None
     return struct.Struct("<" + "".join(codes)).pack
 

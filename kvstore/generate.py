@@ -68,7 +68,8 @@ def generate(
     particles: int | None = None,
     clock: Callable[[], float] = time.time,
     monotonic: Callable[[], float] = time.perf_counter,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], object] = time.sleep,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Summary:
     """Send packets until ``bytes_max`` bytes are reached (0: without end).
 
@@ -76,6 +77,7 @@ def generate(
     first, so that waits that overrun do not add up. particles: in every packet; None draws
     1 to 1000 each time. start: timestamp of the first packet in epoch seconds; later ones
     follow at the pace of ``pps``, or of 100 a second where that is 0. None takes ``clock``.
+    stopped: asked before each packet and after each sleep, so that no packet is cut short.
     What ``write`` raises, BrokenPipeError included, ends the run and is not caught.
     """
     source = _Source(profile, seed, particles)
@@ -84,7 +86,9 @@ def generate(
     first = last = None
     while not bytes_max or sent < bytes_max:
         if pps > 0:
-            _wait_until(begin + packets / pps, monotonic, sleep)
+            _wait_until(begin + packets / pps, monotonic, sleep, stopped)
+        if stopped():
+            break
         last = clock() if start is None else start + packets / (pps or NOMINAL_PPS)
         if first is None:
             first = last
@@ -100,9 +104,12 @@ def generate(
 
 
 def _wait_until(
-    deadline: float, monotonic: Callable[[], float], sleep: Callable[[float], None]
+    deadline: float,
+    monotonic: Callable[[], float],
+    sleep: Callable[[float], object],
+    stopped: Callable[[], bool],
 ) -> None:
-    while (left := deadline - monotonic()) > 0:
+    while (left := deadline - monotonic()) > 0 and not stopped():
         sleep(left)
 
 

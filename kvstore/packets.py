@@ -1,8 +1,8 @@
 """Packets on a byte stream: bytes in, dicts of arrays out; dicts of arrays in, bytes out.
 
-A packet is a frame of a 4-byte big-endian length and a pickled dict of arrays. Owns the framing
-and the rules for what a packet may hold; what a pickle means is ``unpickle``'s business. Sans
-IO: no file is read or written here, the caller moves the bytes::
+A packet is a frame of a 4-byte big-endian length and a pickled dict of arrays. Owns the framing;
+what a pickle means is ``unpickle``'s business, and which fields a packet must have the schema's
+that it is appended under. Sans IO: no file is read or written here, the caller moves the bytes::
 
     decoder = PacketDecoder()
     while count := os.readv(fd, [decoder.buffer()]):
@@ -27,8 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from kvstore.errors import PacketError, TimeError
-from kvstore.timestamps import check_times, time_bounds
+from kvstore.errors import PacketError
 from kvstore.unpickle import Unpickler
 
 if TYPE_CHECKING:
@@ -42,10 +41,6 @@ _CHUNK_BYTES: Final = 1 << 20  # one read of a 1 MiB pipe
 _SMALL_BYTES: Final = 64 << 10  # copying up to this into the next chunk costs less than a buffer
 _CODE_POINT_MAX: Final = 0x10FFFF
 _SURROGATES: Final = (0xD800, 0xDFFF)
-
-_TIME_KINDS: Final = ("f8", "i8", "M8")
-_FLOAT64: Final = np.dtype(np.float64)
-_FLOAT_TIME_MAX: Final = time_bounds(_FLOAT64)[1]
 
 PARTICLE_TIME: Final = "timestamps"
 PARTICLE_FIELDS: Final[dict[str, tuple[np.dtype[Any], tuple[int, ...]]]] = {
@@ -114,6 +109,7 @@ class PacketDecoder:
             self._offset += frame_bytes
             try:
                 arrays = self._unpickler.loads(frame)
+                _check_arrays(arrays)
             except PacketError as error:
                 raise PacketError(
                     error.reason, packet=number, offset=offset, whole=True
@@ -199,76 +195,18 @@ class PacketDecoder:
 # -- what a packet may hold ----------------------------------------------------------------
 
 
-def check(packet: Packet, *, time_field: str = PARTICLE_TIME) -> int:
-    """Rows of a packet of any dict of arrays; PacketError where it is not rows in time.
-
-    All arrays share their first axis; times are one finite float64 (seconds), int64 (ns) or
-    datetime64 per row. No rows at all is fine.
-    """
-    arrays = packet.arrays
-    times = arrays.get(time_field)
-    if times is None:
-        raise packet.error(
-            f"no field {time_field!r} among {_names(arrays)}; name the time field (--time-field)"
-        )
-    if times.ndim != 1 or times.dtype.str[1:3] not in _TIME_KINDS:
-        raise packet.error(
-            f"the times {time_field!r} are {_kind(times)}; one float64 in seconds, int64 in"
-            " nanoseconds or datetime64 per row is expected"
-        )
-    rows = len(times)
+def _check_arrays(arrays: dict[str, Array]) -> None:
+    """What a schema cannot see. Which fields there must be, and of what kind, is its business."""
     for name, array in arrays.items():
-        if array.ndim == 0 or len(array) != rows:
-            raise packet.error(
-                f"field {name!r} is {_kind(array)}, and {time_field!r} has {rows} rows;"
-                " all fields need the same first axis"
+        if array.ndim == 0:
+            raise PacketError(
+                f"field {name!r} is a scalar; an array with an axis of rows is expected"
             )
         if array.dtype.kind in "Ub":
-            _check_stored_values(packet, name, array)
-    _check_times(packet, time_field, times)
-    return rows
+            _check_values(name, array)
 
 
-def check_particles(packet: Packet) -> int:
-    """Rows of a packet of the brief's format; PacketError where it is none."""
-    arrays = packet.arrays
-    if arrays.keys() != PARTICLE_FIELDS.keys():
-        raise packet.error(
-            f"the fields are {_names(arrays)}; particles have {_names(PARTICLE_FIELDS)}"
-            " (other streams: --stream NAME)"
-        )
-    rows = arrays[PARTICLE_TIME].shape
-    for name, (dtype, shape) in PARTICLE_FIELDS.items():
-        array = arrays[name]
-        if array.dtype != dtype or array.shape != rows + shape or len(rows) != 1:
-            wanted = f"{dtype} of shape {('N', *shape)}".replace("'", "")
-            raise packet.error(
-                f"field {name!r} is {_kind(array)}; {wanted} is expected, N as in {PARTICLE_TIME!r}"
-            )
-    _check_times(packet, PARTICLE_TIME, arrays[PARTICLE_TIME])
-    return len(arrays[PARTICLE_TIME])
-
-
-def _names(fields: Mapping[str, object]) -> str:
-    return ", ".join(repr(name) for name in fields) or "none"
-
-
-def _kind(array: Array) -> str:
-    return f"{array.dtype} of shape {array.shape}"
-
-
-def _check_times(packet: Packet, name: str, times: Array) -> None:
-    """Only finite times between 1677 and 2262 can be ordered and stored."""
-    if times.dtype == _FLOAT64 and np.logical_and.reduce(np.abs(times) <= _FLOAT_TIME_MAX):
-        return  # the usual case, in two calls: packets of one row are mostly overhead
-    native = times.astype(times.dtype.newbyteorder("="), copy=False)
-    try:
-        check_times(native, native.dtype)
-    except TimeError as error:
-        raise packet.error(f"{name}, {error}") from error
-
-
-def _check_stored_values(packet: Packet, name: str, array: Array) -> None:
+def _check_values(name: str, array: Array) -> None:
     """Bytes that numpy takes on trust: code points of text, and the 0 and 1 of booleans."""
     contiguous = np.ascontiguousarray(array)
     if array.dtype.kind == "b":
@@ -279,7 +217,7 @@ def _check_stored_values(packet: Packet, name: str, array: Array) -> None:
     if bad.any():
         row = int(np.argmax(bad.reshape(len(array), -1).any(axis=1)))
         kind = "boolean" if array.dtype.kind == "b" else "text"
-        raise packet.error(f"{name}[{row}] is no valid {kind}")
+        raise PacketError(f"{name}[{row}] is no valid {kind}")
 
 
 # -- writing -------------------------------------------------------------------------------

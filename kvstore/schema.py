@@ -15,18 +15,20 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from kvstore.errors import NoFillError, SchemaError
 from kvstore.timestamps import check_times
 
-Array = NDArray[Any]
-Batch = dict[str, Array]
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, DTypeLike, NDArray  # 5 ms that `import kvstore` saves
+
+Array: TypeAlias = "NDArray[Any]"
+Batch: TypeAlias = "dict[str, NDArray[Any]]"
 """Rows: field name -> array whose first axis is the row."""
-BatchLike = Mapping[str, ArrayLike]
+BatchLike: TypeAlias = "Mapping[str, ArrayLike]"
 
 FIELDS_MAX: Final = 1000  # bounds an index record: about 20 bytes a field
 NAME_BYTES_MAX: Final = 255
@@ -36,6 +38,8 @@ TIME_NAMES: Final = ("timestamps", "timestamp", "time")
 """Tried in this order where the time field is not named."""
 
 _TEXT = np.dtype(object)
+_LISTED: Final = ("ii", "iu", "ui", "uu", "UM", "Um", "Oi", "Ou", "Of", "Oc")
+_LARGE: Final = 1 << 24  # the smallest float32 that has two integers to it
 _KINDS = "biufcmM"
 
 
@@ -178,20 +182,20 @@ def _canonical_fill(field: Field) -> Any:
 
 
 def _canonical(dtype: DTypeLike, name: str) -> np.dtype[Any]:
-    if dtype in ("text", str) or (isinstance(dtype, np.dtype) and dtype.kind in "UTO"):
+    if dtype in ("text", str):
         return _TEXT
     try:
         given = np.dtype(dtype)
     except TypeError as error:
         raise SchemaError(f"field {name!r}: {dtype!r} is no numpy dtype") from error
-    if given.kind == "U":
+    if given.kind in "UTO":
         return _TEXT
     if given.kind not in _KINDS or given.itemsize > 16 or given.char in "gG":  # noqa: PLR2004
         raise SchemaError(
             f"field {name!r}: dtype {given} cannot be stored; use bool, integer, float16 to "
             "float64, complex, datetime64, timedelta64 or text"
         )
-    if given.kind in "mM" and np.datetime_data(cast(Any, given))[0] == "generic":
+    if given.kind in "mM" and np.datetime_data(cast("Any", given))[0] == "generic":
         raise SchemaError(f"field {name!r}: dtype {given} has no unit; use for example '<M8[ns]'")
     return given.newbyteorder("<")
 
@@ -374,12 +378,12 @@ def _converted(field: Field, values: ArrayLike) -> Array:
 
     Only Python's own floats may be rounded, to the field's precision: they have no dtype.
     """
-    given = _array(values, field.name)
-    kinds = given.dtype.kind + field.np_dtype.kind
     plain = not isinstance(values, np.ndarray | np.generic)
+    given = _listed(values, field.name) if plain else _array(values, field.name)
+    kinds = given.dtype.kind + field.np_dtype.kind
     fits = np.can_cast(given.dtype, field.np_dtype, "same_kind" if plain else "safe")
-    if not given.size or fits or (plain and kinds in ("ii", "iu", "ui", "uu", "UM", "Um")):
-        column = _array(values, field.name, field.np_dtype)
+    if not given.size or fits or (plain and kinds in _LISTED):
+        column = _array(given, field.name, field.np_dtype)
         if _is_exact(given, column):
             return column
     raise SchemaError(
@@ -388,9 +392,27 @@ def _converted(field: Field, values: ArrayLike) -> Array:
     )
 
 
+def _listed(values: ArrayLike, name: str) -> Array:
+    """A list as numpy takes it, but as objects where it would make floats of large integers."""
+    given = _array(values, name)
+    if given.dtype.kind in "fc" and bool((np.abs(given) >= _LARGE).any()):
+        objects = _array(values, name, object)
+        if any(isinstance(value, int | np.integer) for value in objects.flat):
+            return objects
+    return given
+
+
 def _is_exact(given: Array, column: Array) -> bool:
     """Whether integers and times kept their values: numpy takes any cast of them for safe."""
     source, target = given.dtype.kind, column.dtype.kind
+    if source == "O":
+        pairs = zip(given.flat, column.reshape(-1).tolist(), strict=True)
+        return all(
+            stored == int(value)
+            if isinstance(value, int | np.integer)
+            else target in "fc" and isinstance(value, float | complex | np.inexact)
+            for value, stored in pairs
+        )
     if not given.size or source + target in ("im", "um") or source not in "iumM":
         return True
     if target in "fc":

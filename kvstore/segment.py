@@ -329,7 +329,7 @@ class Segment:
         listed = []
         for number, block in enumerate(batch.blocks):
             size = len(block.data)
-            entry = [block.codec, block.raw_bytes, size, block.checksum]
+            entry: list[Any] = [block.codec, block.raw_bytes, size, block.checksum]
             if size < INLINE_BYTES:
                 entry.append(bytes(block.data))
             else:

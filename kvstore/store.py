@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, Final, Literal, NamedTuple, Self
 
 import numpy as np
 
-from kvstore import reading
+from kvstore import environment, reading
 from kvstore.errors import (
     DamageError,
     StoreClosed,
@@ -98,11 +98,13 @@ class Store:
         self._layout = layout
         self._store_id = layout.store_id()
         self._writer = writer
-        self._pid = os.getpid()
+        self._generation = environment.generation
         self._closed = False
         self._lock = threading.Lock()
-        self._sealed: OrderedDict[int, Segment] = OrderedDict()
-        self._active = self._open_active(layout.active())
+        self._segments: OrderedDict[int, Segment] = OrderedDict()
+        # At exit, too: the commit thread ends with the interpreter, and rows may be waiting.
+        self._shut = weakref.finalize(self, _shut, writer, self._segments)
+        self._active = self._keep(self._open_active(layout.active()))
         self._state: State | None = None
         self._seen_commit = -1
 
@@ -166,25 +168,16 @@ class Store:
 
     def close(self) -> None:
         """Commit what was appended, close the files. Further use raises StoreClosed."""
-        if self._closed or self._pid != os.getpid():
+        if self._closed or self._generation != environment.generation:
             return
         self._closed = True
-        try:
-            if self._writer is not None:
-                self._writer.close()
-        finally:
-            for segment in [self._active, *self._sealed.values()]:
-                segment.close()
+        self._shut()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        with suppress(Exception):
-            self.close()
 
     def __reduce__(self) -> tuple[object, ...]:
         return (open_store, (str(self._layout.path.absolute()),))
@@ -214,8 +207,7 @@ class Store:
         self._check_usable()
         with self._lock:
             while self._layout.segment_path(self._active.number + 1).exists():
-                self._keep(self._active)
-                self._active = self._open_active(self._active.number + 1)
+                self._active = self._keep(self._open_active(self._active.number + 1))
                 self._state = None
             commit = self._active.environment.last_commit()
             if self._state is None or commit != self._seen_commit:
@@ -226,10 +218,10 @@ class Store:
         """A segment's handle; the caller closes it."""
         self._check_usable()
         with self._lock:
-            if number != self._active.number and number not in self._sealed:
+            if number not in self._segments:
                 path = self._layout.segment_path(number)
                 self._keep(Segment.open(path, number, "alone", self._store_id))
-            return (self._sealed.get(number) or self._active).shared()
+            return self._segments[number].shared()
 
     def writer(self) -> Writer:
         """The writing side; StoreError where the store was opened for reading."""
@@ -246,10 +238,13 @@ class Store:
             path, number, mode, self._store_id, writer=self._layout.writer, seen_writer=seen
         )
 
-    def _keep(self, segment: Segment) -> None:
-        self._sealed[segment.number] = segment
-        if len(self._sealed) > _OPEN_SEGMENTS_MAX:
-            self._sealed.popitem(last=False)[1].close()
+    def _keep(self, segment: Segment) -> Segment:
+        """Hold on to an opened segment, and close the one that was opened first."""
+        self._segments[segment.number] = segment
+        if len(self._segments) > _OPEN_SEGMENTS_MAX:
+            oldest = next(number for number in self._segments if number != self._active.number)
+            self._segments.pop(oldest).close()
+        return segment
 
     def _info(self, name: str) -> StreamInfo:
         if self._writer is not None and (found := self._writer.find(name)):
@@ -263,7 +258,7 @@ class Store:
     def _check_usable(self) -> None:
         if self._closed:
             raise StoreClosed(f"{self.path}: this handle was closed; open the store again")
-        if self._pid != os.getpid():
+        if self._generation != environment.generation:
             raise StoreClosed(
                 f"{self.path}: opened before this process was forked; open the store again here"
             )
@@ -276,6 +271,7 @@ class Stream:
         self._store = store
         self._time = time
         self._writing: StreamWriter | None = None
+        self._append: Any = None
         self.name = name
 
     def __repr__(self) -> str:
@@ -305,7 +301,8 @@ class Stream:
         """
         if self._writing is None:
             self._writing = self._define(batch)
-        self._store.writer().append(self._writing, batch, copy=copy, marks=marks)
+            self._append = self._store.writer().append
+        self._append(self._writing, batch, copy=copy, marks=marks)
 
     def add_fields(self, *fields: Field) -> None:
         """Append fields to the schema. Earlier rows read as NaN, NaT, None or ``Field.fill``."""
@@ -406,6 +403,15 @@ class Stream:
             schema.columns(batch)  # a batch that is refused must not leave a stream behind
             found = writer.define(self.name, schema)
         return found
+
+
+def _shut(writer: Writer | None, segments: OrderedDict[int, Segment]) -> None:
+    try:
+        if writer is not None:
+            writer.close()
+    finally:
+        for segment in segments.values():
+            segment.close()
 
 
 def _reopened(store: Store, name: str) -> Stream:

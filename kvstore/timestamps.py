@@ -117,8 +117,7 @@ def plain_time(value: Any) -> float | int:
 
 def typed_time(plain: float, dtype: np.dtype[Any]) -> np.generic:
     """The inverse of plain_time: a scalar of the stream's time dtype."""
-    typed: np.generic = np.array(plain).astype(dtype)[()]
-    return typed
+    return np.array([plain]).astype(dtype)[0]  # type: ignore[no-any-return]
 
 
 def check_times(times: npt.NDArray[Any], dtype: np.dtype[Any]) -> None:

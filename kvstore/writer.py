@@ -10,19 +10,17 @@ until a retry succeeds.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Final
 
-import msgpack
-
-from kvstore import codec
+from kvstore import codec, environment
 from kvstore.commit import Committer, Queued
 from kvstore.errors import SchemaError, StoreClosed, StoreError
 from kvstore.gather import SMALL_BYTES, STAGED_BYTES_MAX, Staging, cut, size_of
 from kvstore.layout import Layout, WriterLock
-from kvstore.schema import Array, BatchLike, Schema, check_name
+from kvstore.schema import Array, BatchLike, Field, Schema, check_name
 from kvstore.segment import EncodedBatch, StreamInfo
 from kvstore.timestamps import plain_time, time_to_ns
 
@@ -30,6 +28,7 @@ FLUSH_INTERVAL_S: Final = 0.1
 SEGMENT_BYTES: Final = 2 << 30
 SEGMENT_BYTES_MIN: Final = 64 << 10  # room for the tables and what a new segment carries
 ENCODERS: Final = 2  # threads: one for each core of the smallest device
+_HAND_OVER_BYTES: Final = 64 << 10  # below, waking a thread takes longer than encoding
 _MARK_BYTES_MAX: Final = 64 << 10
 _FLUSH_INTERVAL_S_MAX: Final = 86400.0
 
@@ -54,7 +53,7 @@ class Writer:
                 "seconds, or None where only flush() is to commit"
             )
         self._layout = layout
-        self._pid = os.getpid()
+        self._generation = environment.generation
         self._closed = False
         self._lock = WriterLock(layout)
         try:
@@ -115,12 +114,15 @@ class Writer:
         """
         committer = self._committer
         with committer.lock:
-            if committer.error or committer.is_full or self._closed or self._pid != os.getpid():
+            refused = committer.error or committer.is_full or self._closed
+            if refused or self._generation != environment.generation:
                 self.check_usable()
                 committer.raise_error()
                 committer.check_size(0, joined=False)
             if marks is None and (packed := stream.staging.add_row(batch)):
-                self._note_staged(stream, packed)
+                committer.staged_bytes += packed
+                if committer.oldest_s is None or stream.staging.bytes >= STAGED_BYTES_MAX:
+                    self._note_staged(stream)
                 return
         checked = _checked(marks)
         schema, columns = _columns(stream.info, batch)
@@ -150,10 +152,10 @@ class Writer:
             self._seal_all(joined=True)
             self._committer.put(Queued(marks=marks))
         elif size:
-            self._note_staged(stream, size)
+            self._committer.staged_bytes += size
+            self._note_staged(stream)
 
-    def _note_staged(self, stream: StreamWriter, size: int) -> None:
-        self._committer.staged_bytes += size
+    def _note_staged(self, stream: StreamWriter) -> None:
         if stream.staging.bytes >= STAGED_BYTES_MAX:
             self._seal(stream)
             self._committer.wait_for_room()
@@ -196,7 +198,7 @@ class Writer:
 
     def close(self) -> None:
         """Flush, stop the threads, let the next writer in; raises what the flush raised."""
-        if self._closed or self._pid != os.getpid():
+        if self._closed or self._generation != environment.generation:
             return
         try:
             self.flush()
@@ -210,7 +212,7 @@ class Writer:
         """StoreClosed where the handle was closed, or belongs to the process forked from."""
         if self._closed:
             raise StoreClosed(f"{self._layout.path}: this handle was closed; open the store again")
-        if self._pid != os.getpid():
+        if self._generation != environment.generation:
             raise StoreClosed(
                 f"{self._layout.path}: opened before this process was forked; open it again here"
             )
@@ -237,7 +239,7 @@ class Writer:
         item = _item(info, schema, columns)
         largest = max(range(len(columns)), key=lambda number: columns[number].nbytes)
         others = [
-            None if number == largest else self._pool.submit(codec.encode, column, field)
+            None if number == largest else self._encode(column, field, copy=True)
             for number, (column, field) in enumerate(zip(columns, schema.fields, strict=True))
         ]
         mine = codec.encode(columns[largest], schema.fields[largest])
@@ -248,10 +250,19 @@ class Writer:
         """A batch whose blocks are made on other threads, from memory that nobody changes."""
         item = _item(info, schema, columns)
         item.blocks = [
-            self._pool.submit(codec.encode, column, field, copy=False)
+            self._encode(column, field, copy=False)
             for column, field in zip(columns, schema.fields, strict=True)
         ]
         return item
+
+    def _encode(self, column: Array, field: Field, *, copy: bool) -> Future[codec.Block]:
+        """A block made on another thread; on this one where that costs less, or at exit."""
+        if column.nbytes > _HAND_OVER_BYTES:
+            with suppress(RuntimeError):  # at exit the pool's threads have ended
+                return self._pool.submit(codec.encode, column, field, copy=copy)
+        made: Future[codec.Block] = Future()
+        made.set_result(codec.encode(column, field, copy=copy))
+        return made
 
 
 def _item(info: StreamInfo, schema: Schema, columns: list[Array]) -> Queued:
@@ -296,7 +307,8 @@ def _checked(marks: Mapping[str, Any] | None) -> Mapping[str, Any]:
     for name, value in (marks or {}).items():
         check_name(name, "mark")
         try:
-            packed = msgpack.packb(value)
+            packed = codec.packed(value)
+            checked[name] = codec.unpacked(packed, name)
         except (TypeError, ValueError, OverflowError) as error:
             raise SchemaError(
                 f"mark {name!r}: {error}: use plain numbers, text or lists"
@@ -305,5 +317,4 @@ def _checked(marks: Mapping[str, Any] | None) -> Mapping[str, Any]:
             raise SchemaError(
                 f"mark {name!r}: {len(packed)} bytes; a mark has at most {_MARK_BYTES_MAX}"
             )
-        checked[name] = msgpack.unpackb(packed, strict_map_key=False)
     return checked

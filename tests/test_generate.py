@@ -9,7 +9,8 @@ import pytest
 from numcodecs.blosc import Blosc
 
 from kvstore.generate import _noisy, generate
-from kvstore.packets import PacketDecoder, check_particles
+from kvstore.ingest import PARTICLE_SCHEMA
+from kvstore.packets import PacketDecoder
 
 MB = 1 << 20
 
@@ -58,10 +59,17 @@ def run(**options):
     return pipe, summary
 
 
+def rows_of(packet):
+    """How many particles; fails where they are not of the brief's very dtypes and shapes."""
+    columns = PARTICLE_SCHEMA.columns(packet.arrays)
+    assert [column.dtype for column in columns] == [x.np_dtype for x in PARTICLE_SCHEMA.fields]
+    return len(columns[0])
+
+
 def test_packets_are_particles_with_one_timestamp_each():
     pipe, summary = run(start=1771342356.080619)
     packets = list(pipe.packets())
-    rows = [check_particles(packet) for packet in packets]
+    rows = [rows_of(packet) for packet in packets]
     assert (len(packets), sum(rows)) == (summary.packets, summary.particles)
     assert len(pipe.data) == summary.bytes
     assert all(len(set(packet.arrays["timestamps"].tolist())) == 1 for packet in packets)
@@ -76,7 +84,7 @@ def test_it_stops_after_the_packet_that_reaches_the_limit():
 
 
 def test_packets_have_1_to_1000_particles():
-    rows = [check_particles(packet) for seed in range(6) for packet in run(seed=seed)[0].packets()]
+    rows = [rows_of(packet) for seed in range(6) for packet in run(seed=seed)[0].packets()]
     assert 1 <= min(rows) < 150
     assert 850 < max(rows) <= 1000
 
@@ -239,3 +247,16 @@ def test_the_wording_matches_the_brief():
     assert len(pipe.lines) == len(patterns)
     for line, pattern in zip(pipe.lines, patterns, strict=True):
         assert re.fullmatch(pattern, line)
+
+
+def test_it_stops_within_a_wait_and_never_within_a_packet():
+    slept = []
+    clock = Clock()
+    pipe, summary = run(
+        pps=0.001,
+        clock=clock,
+        monotonic=clock,
+        sleep=slept.append,  # as one that a signal has cut short
+        stopped=lambda: bool(slept),
+    )
+    assert summary.packets == len(list(pipe.packets())) == len(slept) == 1

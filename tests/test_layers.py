@@ -27,6 +27,7 @@ FLOORS = (
     ("pickled", "pickle_machine", "unpickle", "packets", "generate"),
     ("segment",),
     ("layout", "gather"),
+    ("commit", "reading"),
     ("writer",),
     ("store",),
     ("retention", "check", "follow", "ingest", "export", "plots"),
@@ -41,9 +42,6 @@ ANYWHERE = {"numpy"}
 THIRD_PARTY = {
     "environment": {"lmdb"},
     "codec": {"numcodecs", "lz4", "xxhash", "msgpack"},
-    "segment": {"msgpack"},
-    "store": {"msgpack"},
-    "schema": {"msgpack"},
     "cli": {"typer", "rich"},
 }
 
@@ -158,7 +156,7 @@ FINE = {
     "kvstore/__init__.py": "from kvstore.store import open",
     "kvstore/errors.py": "import re",
     "kvstore/codec.py": "import lz4.block, numpy as np\nfrom kvstore.errors import DamageError",
-    "kvstore/store.py": "from kvstore import codec\nfrom . import errors\nimport msgpack",
+    "kvstore/store.py": "from kvstore import codec\nfrom . import errors\nimport numpy",
     "kvstore/cli/__init__.py": "import typer\nfrom kvstore.cli import read\nimport kvstore",
     "kvstore/cli/read.py": "def f():\n    from ..store import Store\n    import rich.table",
     "kvstore/__main__.py": "from kvstore.cli import main",

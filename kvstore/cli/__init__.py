@@ -6,32 +6,84 @@ Data goes to stdout, everything else to stderr. Exit codes: 0 fine, 1 failed, 2 
 
 from __future__ import annotations
 
+import signal
+from importlib.metadata import version
+from typing import Annotated, Final
+
 import typer
 
-from kvstore.cli import capture, query
-from kvstore.cli.terminal import FAILED, complain
+from kvstore.cli import capture, query, stats
+from kvstore.cli.terminal import FAILED, complain, open_standard_files
 from kvstore.errors import KvstoreError
+
+_CAPTURE: Final = "kvstore generate --pps 100 --max-mb 200 | kvstore write run.kv"
+
+
+def _examples(*lines: str) -> str:
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
+
 
 app = typer.Typer(
     name="kvstore",
-    help=(
-        "Capture sensor data at disk speed, read it back by time.\n\n"
-        "Example: kvstore generate --pps 100 --max-mb 200 | kvstore write run.kv"
-    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 fine, 1 failed, 2 wrong usage, 3 done but with loss or damage found.\n\n"
+    + _examples(_CAPTURE, "kvstore read run.kv --last 1s --format summary", "kvstore info run.kv"),
 )
-app.command()(capture.generate)
-app.command()(capture.write)
-app.command()(query.read)
-app.command()(query.info)
+app.command(epilog=_examples(_CAPTURE, "kvstore generate --pps 0 --max-mb 20 > some.packets"))(
+    capture.generate
+)
+app.command(
+    epilog=_examples(
+        _CAPTURE,
+        "kvstore write run.kv monday.packets tuesday.packets --on-error skip",
+        "kvstore read run.kv --last 1h | kvstore write hour.kv --segment-bytes 500MB",
+    )
+)(capture.write)
+app.command(
+    epilog=_examples(
+        "kvstore read run.kv --start 2026-02-17T15:32:37 --stop 2026-02-17T15:32:37.1",
+        "kvstore read run.kv --last 1s | kvstore write other.kv",
+        "kvstore read run.kv --fields timestamps,spectral --limit 1000 -o spectra.npz",
+    )
+)(query.read)
+app.command(epilog=_examples("kvstore info run.kv", "kvstore info run.kv --json"))(stats.info)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print("kvstore", version("kvstore"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Capture sensor data at disk speed, read it back by time."""
 
 
 def main() -> None:
     """Run the command line; every error of ours becomes one line and an exit code."""
+    open_standard_files()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except KvstoreError as error:
         complain(str(error))
         raise SystemExit(FAILED) from error
+    except OSError as error:
+        complain(f"{error.filename or 'standard input or output'}: {error.strerror}")
+        raise SystemExit(FAILED) from error
+
+
+def _terminate(number: int, _: object) -> None:
+    """Unwind, so that unfinished files are removed; shells expect 128 + the signal's number."""
+    raise SystemExit(128 + number)

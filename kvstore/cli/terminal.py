@@ -1,4 +1,4 @@
-"""What commands say on stderr: complaints, progress bars, sizes and rates in words."""
+"""What commands say on stderr: complaints, talk, progress bars, sizes in words; closed pipes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ FAILED: Final = 1
 LOSS: Final = 3
 _SHOW_AFTER_S: Final = 1.0
 _REFRESH_S: Final = 0.25
-_UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
-                 "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
 
 
 def complain(message: str) -> None:
     """One line of trouble."""
-    print(f"kvstore: {message}", file=sys.stderr)
+    say(f"kvstore: {message}")
 
 
 def say(message: str) -> None:
@@ -37,15 +35,14 @@ def size_text(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 800GB, 64MiB or 1e9; ValueError otherwise."""
-    number = text.strip().upper().removesuffix("B")
-    unit = number.lstrip("0123456789.")
-    if unit.startswith("E") and unit[1:].isdigit():
-        return int(float(number))
-    if unit not in _UNITS or not number.removesuffix(unit):
-        raise ValueError(f"{text!r} is no size; use for example 800GB, 64MiB or 1000000")
-    return int(float(number.removesuffix(unit)) * _UNITS[unit])
+def open_standard_files() -> None:
+    """Put /dev/null where a standard file is closed: else a store's file would take its number."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # noqa: PLR2004  # stderr
+        pass
+    os.close(fd)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
 @contextmanager
@@ -61,13 +58,16 @@ def quiet_if_closed() -> Iterator[None]:
 
 @contextmanager
 def progress_bar(
-    describe: Callable[[float], str], fraction: Callable[[], float] | None = None
+    describe: Callable[[float], str],
+    fraction: Callable[[], float] | None = None,
+    *,
+    wanted: bool = True,
 ) -> Iterator[None]:
     """Show ``describe(elapsed seconds)`` on a terminal, from one second on; nothing in a pipe.
 
     fraction: how much of the work is done, 0 to 1, where that is known: adds bar and time left.
     """
-    if not sys.stderr.isatty():
+    if not (wanted and sys.stderr.isatty()):
         yield
         return
     done = threading.Event()
@@ -96,7 +96,9 @@ def _show(
     console = Console(stderr=True)
     with bars.Progress(*columns, console=console, transient=True) as shown:
         task = shown.add_task("", total=1.0 if fraction else None)
-        while not done.wait(_REFRESH_S):
+        while True:
             description = describe(time.perf_counter() - started)
             completed = fraction() if fraction else 0.0
             shown.update(task, description=description, completed=completed)
+            if done.wait(_REFRESH_S):
+                return

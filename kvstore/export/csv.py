@@ -2,15 +2,17 @@
 
 A field with a per-row shape becomes one column a value: ``spectral_0_15``. Times are written
 as they are stored: float64 seconds in their shortest exact decimal, int64 ns as integers,
-datetime64 as ISO 8601. NaN is ``nan``; None is empty.
+datetime64 as ISO 8601. NaN is ``nan``. Numbers stand bare, text and dates in quotes (a lone
+carriage return inside a bare text would end its line); None is the empty text.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -19,18 +21,20 @@ from kvstore.schema import Array, Batch, Field
 
 def write(batches: Iterable[Batch], fields: Sequence[Field], file: BinaryIO) -> int:
     """Write a header line and all rows; returns how many."""
-    text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([column for field in fields for column in _columns(field)])
+    file.write(_text([[x for field in fields for x in _columns(field)]], csv.QUOTE_MINIMAL))
     rows = 0
     for batch in batches:
         flat = [list(_values(batch[field.name])) for field in fields]
-        writer.writerows(
-            [value for values in row for value in values] for row in zip(*flat, strict=True)
-        )
+        lines = ([value for values in row for value in values] for row in zip(*flat, strict=True))
+        file.write(_text(lines, csv.QUOTE_NONNUMERIC))
         rows += len(flat[0])
-    text.detach()
     return rows
+
+
+def _text(lines: Iterable[list[Any]], quoting: Literal[0, 2]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n", quoting=quoting).writerows(lines)
+    return text.getvalue().encode()
 
 
 def _columns(field: Field) -> list[str]:
@@ -39,9 +43,9 @@ def _columns(field: Field) -> list[str]:
 
 def _values(array: Array) -> Iterator[list[Any]]:
     """The values of each row, as Python objects that csv prints exactly."""
-    flat = array.reshape(len(array), -1)
+    flat = array.reshape(len(array), math.prod(array.shape[1:]))
     if flat.dtype.kind in "mM":
         flat = flat.astype(str)
-    elif flat.dtype.kind == "f":
-        flat = flat.astype(str) if flat.dtype.itemsize < 8 else flat  # noqa: PLR2004  # own digits
+    elif flat.dtype.kind == "f" and flat.dtype.itemsize < 8:  # noqa: PLR2004
+        flat = flat.astype(str).astype(float)  # by its own digits: 0.1, not 0.10000000149011612
     yield from flat.tolist()

@@ -1,0 +1,59 @@
+"""What the text of an option means: times, durations, sizes. What cannot be read is wrong usage."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import typer
+
+from kvstore.errors import TimeError
+from kvstore.timestamps import parse_duration, plain_time, to_time
+
+STDIN: Final = Path("-")
+_FLOAT64: Final[np.dtype[Any]] = np.dtype("<f8")
+_SIZE: Final = re.compile(r"([0-9]+\.?[0-9]*(?:e[0-9]{1,2})?) ?([kmgt]i?)?b?", re.IGNORECASE)
+_PREFIXES: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+                    "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
+
+
+def time_text(text: str) -> str:
+    """A time as it was given, once it is known that it can be read."""
+    epoch_seconds(text)
+    return text
+
+
+def epoch_seconds(text: str) -> float:
+    """A time as float seconds since 1970."""
+    try:
+        return float(plain_time(to_time(text, _FLOAT64, side="start")))
+    except TimeError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def duration_ns(text: str) -> int:
+    """A duration such as 10s, 250ms or 1.5h."""
+    try:
+        return parse_duration(text)
+    except TimeError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def duration_s(text: str | float) -> float:
+    """The same in seconds; a default is a number already."""
+    return duration_ns(text) / 1e9 if isinstance(text, str) else text
+
+
+def size_bytes(text: str | int) -> int:
+    """Bytes of a size such as 800GB, 64MiB or 1e9; a default is a number already."""
+    if isinstance(text, int):
+        return text
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise typer.BadParameter(
+            f"size {text!r} cannot be read: expected a number of bytes, not negative, such as "
+            "800GB, 64MiB or 1000000"
+        )
+    return int(float(match[1]) * _PREFIXES[(match[2] or "").lower()])

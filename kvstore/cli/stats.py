@@ -1,0 +1,164 @@
+"""``kvstore info``: what a store holds; a table for people, lines for tools, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import numpy as np
+import typer
+
+from kvstore import store as stores
+from kvstore.cli.terminal import quiet_if_closed, size_text
+from kvstore.timestamps import format_time
+
+_PER_STREAM: Final = ("rows", "first", "last", "batches", "raw_bytes", "stored_bytes", "ratio")
+
+
+def info(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The store.")],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Show what a store holds.
+
+    Streams with their fields, rows, time spans, bytes and ratios; segments, the last commit,
+    marks. Takes milliseconds at any size. A terminal gets tables, a pipe lines of words
+    separated by tabs.
+    """
+    with stores.open_store(path) as store:
+        found = _plain(store.info())
+    with quiet_if_closed():
+        if as_json:
+            print(json.dumps(found, indent=2, default=str))
+        elif sys.stdout.isatty():
+            _show_tables(found)
+        else:
+            for words in _lines(found):
+                print("\t".join("" if word is None else str(word) for word in words))
+
+
+def _lines(found: dict[str, Any]) -> Iterator[list[Any]]:
+    for key, value in found.items():
+        if key not in ("streams", "marks"):
+            yield ["store", key, value]
+    for name, value in found["marks"].items():
+        yield ["mark", name, value]
+    for stream in found["streams"]:
+        for key in _PER_STREAM:
+            yield ["stream", stream["name"], key, stream[key]]
+        for field in stream["fields"]:
+            yield ["field", stream["name"], *_described(field)]
+
+
+def _described(field: dict[str, Any]) -> list[str]:
+    shape = "x".join(map(str, field["shape"])) or "1"
+    return [field["name"], field["dtype"], shape, field["unit"], field["description"]]
+
+
+def _show_tables(found: dict[str, Any]) -> None:
+    from rich import box, console, table, text  # noqa: PLC0415  # loaded only where it is shown
+
+    terminal = console.Console()
+
+    def show(rows: list[list[str]], title: str = "", header: Sequence[str] = ()) -> None:
+        shown = table.Table(
+            *header,
+            title=text.Text(title) if title else None,
+            title_justify="left",
+            title_style="bold",
+            show_header=bool(header),
+            box=box.SIMPLE_HEAD if header else None,
+            padding=(0, 2),
+        )
+        for row in rows:
+            shown.add_row(*map(text.Text, row))  # Text: names are not markup
+        terminal.print(shown)
+
+    show(_about_store(found), f"Store {found['path']}")
+    for stream in found["streams"]:
+        terminal.print()
+        show(_about_stream(stream), f"Stream {stream['name']}")
+        fields = [_described(field) for field in stream["fields"]]
+        show(fields, header=("field", "dtype", "shape", "unit", "description"))
+
+
+def _about_store(found: dict[str, Any]) -> list[list[str]]:
+    rows = [
+        ["segments", f"{found['segments']}, together {size_text(found['file_bytes'])}"],
+        ["data", _bytes_text(found)],
+        ["created", found["created"]],
+        ["last commit", found["last_commit"] or "never"],
+        ["id", found["store_id"]],
+    ]
+    return rows + [[f"mark {name}", str(value)] for name, value in found["marks"].items()]
+
+
+def _about_stream(stream: dict[str, Any]) -> list[list[str]]:
+    return [
+        ["rows", f"{stream['rows']:,} in {stream['batches']:,} batches"],
+        ["first", stream["first"] or "-"],
+        ["last", stream["last"] or "-"],
+        ["data", _bytes_text(stream)],
+        ["time field", stream["time_field"]],
+    ]
+
+
+def _bytes_text(of: dict[str, Any]) -> str:
+    text = f"{size_text(of['raw_bytes'])}, stored in {size_text(of['stored_bytes'])}"
+    return f"{text}, ratio {of['ratio']}" if of["ratio"] else text
+
+
+def _plain(found: stores.StoreInfo) -> dict[str, Any]:
+    raw = sum(each.raw_bytes for each in found.streams)
+    stored = sum(each.stored_bytes for each in found.streams)
+    return {
+        "path": found.path,
+        "store_id": found.store_id,
+        "segments": found.segments,
+        "file_bytes": found.file_bytes,
+        "raw_bytes": raw,
+        "stored_bytes": stored,
+        "ratio": _ratio(raw, stored),
+        "created": _iso(found.created_ns),
+        "last_commit": _iso(found.last_commit_ns) if found.last_commit_ns else None,
+        "marks": found.marks,
+        "streams": [_plain_stream(each) for each in found.streams],
+    }
+
+
+def _plain_stream(each: stores.StreamStats) -> dict[str, Any]:
+    dtype = each.schema.time_dtype
+    first, last = (None if t is None else format_time(t, dtype) for t in (each.first, each.last))
+    return {
+        "name": each.name,
+        "rows": each.rows,
+        "first": first,
+        "last": last,
+        "batches": each.batches,
+        "raw_bytes": each.raw_bytes,
+        "stored_bytes": each.stored_bytes,
+        "ratio": _ratio(each.raw_bytes, each.stored_bytes),
+        "time_field": each.schema.time,
+        "fields": [
+            {
+                "name": field.name,
+                "dtype": "text" if field.is_text else str(field.np_dtype),
+                "shape": list(field.shape),
+                "unit": field.unit,
+                "description": field.description,
+            }
+            for field in each.schema.fields
+        ],
+    }
+
+
+def _ratio(raw: int, stored: int) -> float | None:
+    return round(raw / stored, 2) if stored else None
+
+
+def _iso(ns: int) -> str:
+    return format_time(np.int64(ns), np.dtype("<i8"))

@@ -1,0 +1,491 @@
+"""One writer, any number of readers, forks: what processes see of each other."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from stores import run, start
+
+import kvstore
+from kvstore import Schema, StoreClosed, StoreError, StoreLocked, environment, layout
+
+TINY = {"segment_bytes": 64 << 10}
+BATCH_ROWS = 50
+# A batch is one 0.4 kB append of BATCH_ROWS rows with one time; `v` numbers the rows.
+WRITER = """
+    import sys, time
+    import numpy as np
+    import kvstore
+
+    path, count, first, pause = sys.argv[1], *map(int, sys.argv[2:5])
+    with kvstore.open(path, "w", segment_bytes=64 << 10, flush_interval_s=0) as store:
+        print("open", flush=True)
+        stream = store.stream("s")
+        for batch in range(first, first + count):
+            rows = np.arange(batch * 50, batch * 50 + 50)
+            noise = np.random.default_rng(batch).integers(0, 2**62, (50, 10))
+            stream.append({"time": np.full(50, float(batch)), "v": rows, "noise": noise})
+            store.flush()
+            if pause > 0:
+                time.sleep(pause / 1000)
+        print("done", flush=True)
+        if pause < 0:
+            sys.stdin.read()
+"""
+
+
+@contextmanager
+def writing(path, *, batches, first=0, pause_ms=0):
+    """A child that writes numbered batches, one commit each, over many segments."""
+    child = start(WRITER, path, batches, first, pause_ms, stdin=subprocess.PIPE)
+    with child:
+        assert child.stdout.readline() == "open\n"
+        try:
+            yield child
+            if pause_ms >= 0:
+                assert child.wait(120) == 0
+        finally:
+            child.kill()
+
+
+def append_batches(store, numbers):
+    for batch in numbers:
+        rows = np.arange(batch * BATCH_ROWS, (batch + 1) * BATCH_ROWS)
+        noise = np.random.default_rng(batch).integers(0, 2**62, (BATCH_ROWS, 10))
+        times = np.full(BATCH_ROWS, float(batch))
+        store.stream("s").append({"time": times, "v": rows, "noise": noise})
+        store.flush()
+
+
+def rows_of(stream, **options):
+    """All rows' numbers; whole batches, in order, nothing twice."""
+    found = [batch["v"] for batch in stream.read(fields=["v"], **options)]
+    rows = np.concatenate([np.zeros(0, int), *found])
+    assert len(rows) % BATCH_ROWS == 0
+    assert np.array_equal(rows, np.arange(len(rows)))
+    return len(rows)
+
+
+def wait_for_rows(stream, rows):
+    deadline = time.monotonic() + 60
+    while (found := rows_of(stream)) < rows:
+        assert time.monotonic() < deadline, f"{found} of {rows} rows"
+    return found
+
+
+# ---- the writer lock ----
+
+
+def test_a_second_writer_is_refused_and_told_the_pid(path):
+    with kvstore.open(path, "w"):
+        message = f"process {os.getpid()} is writing"
+        with pytest.raises(StoreLocked, match=message):
+            kvstore.open(path, "w")
+        assert message in run(
+            """
+            import sys, kvstore
+            try:
+                kvstore.open(sys.argv[1], "w")
+            except kvstore.StoreLocked as error:
+                print(error)
+            """,
+            path,
+        )
+    kvstore.open(path, "w").close()
+
+
+def test_the_lock_ends_with_its_process(path):
+    with writing(path, batches=2, pause_ms=-1) as child:
+        assert child.stdout.readline() == "done\n"
+        with pytest.raises(StoreLocked, match=f"process {child.pid} "):
+            kvstore.open(path, "w")
+        child.kill()
+        child.wait()
+        with kvstore.open(path, "w") as store:
+            assert rows_of(store["s"]) == 2 * BATCH_ROWS
+
+
+def test_a_store_that_could_not_be_opened_is_not_locked(path, monkeypatch):
+    kvstore.open(path, "w").close()
+    for name in ("tidy", "store_id"):
+        with monkeypatch.context() as patch:
+            patch.setattr(layout.Layout, name, lambda self: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                kvstore.open(path, "w")
+        kvstore.open(path, "w").close()
+
+
+# ---- forks ----
+
+
+def in_child(act):
+    """Exit code of a forked child that does this: 0 if it came to its end."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            act()
+            code = 0
+        except BaseException as error:  # noqa: BLE001  # whatever it is, the parent must see it
+            print(f"child: {error!r}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_handles_are_refused_in_a_forked_child(path):
+    store = kvstore.open(path, "w")
+    append_batches(store, range(3))
+    stream, batches = store["s"], store["s"].read()
+    next(batches)
+    row = {"time": 1.0, "v": 1, "noise": np.zeros(10, int)}
+
+    def child():
+        uses = [
+            store.flush, store.info, lambda: store["s"], lambda: stream.append(row), stream.read,
+            stream.first, lambda: len(stream), lambda: list(batches),
+            lambda: store.stream("new").append(row),
+        ]  # fmt: skip
+        for use in uses:
+            with pytest.raises(StoreClosed, match="forked"):
+                use()
+        store.close()
+
+    assert in_child(child) == 0
+    append_batches(store, range(3, 6))
+    assert rows_of(stream) == 6 * BATCH_ROWS
+    store.close()
+
+
+def test_a_child_may_open_anew_while_the_parent_goes_on(path):
+    store = kvstore.open(path, "w", **TINY)
+    append_batches(store, range(20))
+    reader = kvstore.open(path)
+
+    def child():
+        with kvstore.open(path) as mine:
+            assert rows_of(mine["s"]) >= 20 * BATCH_ROWS
+        with pytest.raises(StoreLocked):
+            kvstore.open(path, "w")
+
+    for round_ in range(2):
+        assert in_child(child) == 0
+        append_batches(store, range(20 + round_ * 4, 24 + round_ * 4))
+        assert rows_of(reader["s"]) == (24 + round_ * 4) * BATCH_ROWS
+        with pytest.raises(StoreLocked):
+            kvstore.open(path, "w")
+    reader.close()
+    store.close()
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # forking with threads
+def test_forks_while_threads_write_and_read(path):
+    """The child closes what it inherited: never in the middle of a parent's transaction."""
+    stop = threading.Event()
+    store = kvstore.open(path, "w", **TINY)
+    append_batches(store, range(2))
+    written = [2]
+    failures = []
+
+    def write():
+        while not stop.is_set():
+            append_batches(store, [written[0]])
+            written[0] += 1
+
+    def read():
+        with kvstore.open(path) as reader:
+            while not stop.is_set():
+                rows_of(reader["s"])
+
+    def guarded(act):
+        try:
+            act()
+        except BaseException as error:  # noqa: BLE001
+            failures.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(act,)) for act in (write, read, read)]
+    for thread in threads:
+        thread.start()
+
+    def child():
+        with pytest.raises(StoreClosed):
+            store.stream("s").append({"time": 1.0})
+        with kvstore.open(path) as mine:
+            assert rows_of(mine["s"]) >= 2 * BATCH_ROWS
+
+    codes = [in_child(child) for _ in range(20)]
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert codes == [0] * 20
+    assert rows_of(store["s"]) == written[0] * BATCH_ROWS
+    store.close()
+
+
+def test_a_child_does_not_keep_the_lock_of_its_parent(path):
+    store = kvstore.open(path, "w")
+    ready, gate = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(ready[1], b".")
+        os.read(gate[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    with pytest.raises(StoreLocked):
+        kvstore.open(path, "w")
+    store.close()
+    kvstore.open(path, "w").close()
+    os.write(gate[1], b".")
+    os.waitpid(pid, 0)
+    for fd in (*ready, *gate):
+        os.close(fd)
+
+
+# ---- readers during writing ----
+
+
+def test_readers_see_whole_batches_in_order_over_rolls(path):
+    """One in this process, several in others, opened before and during the writing."""
+    reader_code = """
+        import sys, numpy as np, kvstore
+        with kvstore.open(sys.argv[1]) as store:
+            last = -1
+            while last < int(sys.argv[2]):
+                rows = [batch["v"] for batch in store["s"].read(fields=["v"])]
+                found = np.concatenate(rows) if rows else np.zeros(0, int)
+                assert np.array_equal(found, np.arange(len(found))), found
+                assert len(found) % 50 == 0 and len(found) >= last, (len(found), last)
+                assert all(len(each) == 50 for each in rows)
+                last = len(found)
+    """
+    kvstore.open(path, "w").close()
+    with kvstore.open(path, "w") as store:
+        append_batches(store, range(1))
+    early = kvstore.open(path)
+    assert rows_of(early["s"]) == BATCH_ROWS
+    wanted = 200 * BATCH_ROWS
+    with writing(path, batches=199, first=1):
+        children = [start(reader_code, path, wanted) for _ in range(2)]
+        with kvstore.open(path) as late:
+            assert wait_for_rows(early["s"], wanted) == wait_for_rows(late["s"], wanted) == wanted
+        for child in children:
+            with child:
+                assert child.wait(120) == 0
+    assert early.info().segments > 10
+    early.close()
+
+
+def test_a_read_is_a_snapshot_however_long_it_pauses(path):
+    with writing(path, batches=20):
+        pass
+    with kvstore.open(path) as reader:
+        batches = reader["s"].read()
+        rows = [next(batches)["v"]]
+        with writing(path, batches=80, first=20):
+            pass
+        rows += [batch["v"] for batch in batches]
+        assert np.array_equal(np.concatenate(rows), np.arange(20 * BATCH_ROWS))
+        assert rows_of(reader["s"]) == 100 * BATCH_ROWS
+
+
+def test_a_reader_notices_the_writer_that_comes_after_it(path):
+    """Opened alone it takes no slot; next to a writer it must, or its pages are reused."""
+    with kvstore.open(path, "w") as store:
+        append_batches(store, range(3))
+    with kvstore.open(path) as reader:
+        assert reader._active.environment.mode == "alone"
+        assert rows_of(reader["s"]) == 3 * BATCH_ROWS
+        with writing(path, batches=2, first=3, pause_ms=-1) as child:
+            assert child.stdout.readline() == "done\n"
+            assert rows_of(reader["s"]) == 5 * BATCH_ROWS
+            assert reader._active.environment.mode == "shared"
+
+
+def test_a_reader_that_looks_before_the_lock_file_is_there(path, monkeypatch):
+    """A copied store has none: whoever read between lock and open stayed alone for ever."""
+    with kvstore.open(path, "w") as store:
+        append_batches(store, range(3))
+    for lock_file in (path / "segments").glob("*-lock"):
+        lock_file.unlink()
+    (path / "writer.lock").unlink()
+    reader = kvstore.open(path)
+    seen = []
+    tidy = layout.Layout.tidy
+
+    def look(self):
+        tidy(self)
+        seen.append(rows_in_child(path, reader))
+
+    monkeypatch.setattr(layout.Layout, "tidy", look)
+    with kvstore.open(path, "w"):
+        pass
+    assert seen == [3 * BATCH_ROWS]
+    reader.close()
+
+
+def rows_in_child(path, reader):
+    """In this process the reader shares the writer's file: only the mode's change is looked at."""
+    found = rows_of(reader["s"])
+    alone = reader._active.environment
+    assert alone.mode == "alone"
+    seen = alone._seen_writer
+    assert seen == reader._layout.writer()
+    return found
+
+
+def test_the_lock_says_something_new_once_its_file_is_there(path):
+    with kvstore.open(path, "w") as store:
+        held = layout.Layout(path)
+        before = held.writer()
+        store._writer._lock.announce()
+        assert held.writer() != before
+        assert held.writer().split()[0] == str(os.getpid()).encode()
+
+
+# ---- reading changes nothing ----
+
+
+def fingerprint(path):
+    """Name, content, mode and times of everything in the store."""
+    return {
+        each.relative_to(path).as_posix(): (
+            hashlib.sha256(each.read_bytes()).hexdigest() if each.is_file() else "",
+            each.stat().st_mode,
+            each.stat().st_mtime_ns,
+        )
+        for each in [path, *path.rglob("*")]
+    }
+
+
+def read_in_every_way(store):
+    stream = store["s"]
+    rows_of(stream)
+    list(stream.read(3.0, 7.0, ordered=True))
+    assert stream.count(2.5, 3.5) == BATCH_ROWS
+    assert all([stream.first(), stream.last(), stream.span(), store.info(), store.state()])
+
+
+def test_reading_never_changes_a_byte(path):
+    with writing(path, batches=30):
+        pass
+    before = fingerprint(path)
+    assert len(before) > 6
+    with kvstore.open(path) as store:
+        read_in_every_way(store)
+        run("import sys, kvstore; list(kvstore.open(sys.argv[1])['s'].read())", path)
+        assert fingerprint(path) == before
+    assert fingerprint(path) == before
+
+
+def test_reading_next_to_a_writer_changes_no_segment(path):
+    with writing(path, batches=30, pause_ms=-1) as child:
+        assert child.stdout.readline() == "done\n"
+        before = fingerprint(path)
+        with kvstore.open(path) as store:
+            read_in_every_way(store)
+        after = fingerprint(path)
+        changed = {name for name in before if before[name] != after[name]}
+        assert before.keys() == after.keys()
+        assert not [name for name in changed if not name.endswith("-lock")]
+
+
+AS_NOBODY = """
+    import os, sys
+    import kvstore  # while it can still be found: the checkout may lie in a closed folder
+    os.setgid(65534)
+    os.setuid(65534)
+    with kvstore.open(sys.argv[1]) as store:
+        rows = sum(len(batch["v"]) for batch in store["s"].read())
+        print(rows, store["s"].count(2.5, 3.5), len(store["s"].first()["v"]))
+"""
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: setuid to nobody")
+
+
+@needs_root
+def test_a_store_can_be_read_without_any_right_to_write(path):
+    with writing(path, batches=30):
+        pass
+    path.parent.chmod(0o755)
+    for each in [path, *path.rglob("*")]:
+        each.chmod(0o555 if each.is_dir() else 0o444)
+    before = fingerprint(path)
+    assert run(AS_NOBODY, path).split() == ["1500", "50", "1"]
+    (path / "writer.lock").unlink()
+    assert run(AS_NOBODY, path).split() == ["1500", "50", "1"]
+    before.pop("writer.lock")
+    after = fingerprint(path)
+    assert {name: after[name][0] for name in after} == {name: before[name][0] for name in before}
+
+
+@needs_root
+def test_reading_next_to_a_writer_needs_the_lock_file(path):
+    with writing(path, batches=3, pause_ms=-1) as child:
+        assert child.stdout.readline() == "done\n"
+        path.parent.chmod(0o755)
+        for each in path.rglob("*"):
+            each.chmod(0o755 if each.is_dir() else 0o644)
+        child = start(AS_NOBODY, path, stderr=subprocess.PIPE)
+        with child:
+            _, errors = child.communicate(timeout=60)
+        assert child.returncode == 1
+        assert "write permission for the lock file 00000001.mdb-lock" in errors
+        (path / "segments" / "00000001.mdb-lock").chmod(0o666)
+        assert run(AS_NOBODY, path).split() == ["150", "50", "1"]
+
+
+# ---- readers that are killed ----
+
+
+def test_slots_of_killed_readers_are_cleared(path):
+    reader_code = """
+        import sys, time, kvstore
+        store = kvstore.open(sys.argv[1])
+        with store._active.environment.read() as txn:
+            print("holding", flush=True)
+            time.sleep(600)
+    """
+    with kvstore.open(path, "w") as store:
+        append_batches(store, range(2))
+        children = [start(reader_code, path) for _ in range(3)]
+        for child in children:
+            assert child.stdout.readline() == "holding\n"
+        held = {child.pid for child in children}
+        for child in children:
+            child.kill()
+            child.communicate()
+        assert slots(store) >= held
+        append_batches(store, range(2, 4))
+        run("import sys, kvstore; kvstore.open(sys.argv[1])", path)
+        assert not slots(store) & held
+        append_batches(store, range(4, 6))
+        assert rows_of(store["s"]) == 6 * BATCH_ROWS
+
+
+def slots(store):
+    """Processes in the active segment's reader table."""
+    table = store._active.environment._env.readers()
+    return {int(line.split()[0]) for line in table.splitlines() if re.match(r"\s+\d", line)}
+
+
+def test_handles_in_one_process_share_the_file(path):
+    with kvstore.open(path, "w") as store, kvstore.open(path) as first:
+        append_batches(store, range(3))
+        with kvstore.open(path) as second:
+            assert second._active.environment is first._active.environment
+            assert rows_of(second["s"]) == rows_of(first["s"]) == 3 * BATCH_ROWS
+        store.stream("t", Schema.infer({"time": [1.0]})).append({"time": [1.0]})
+        store.flush()
+        assert len(first["t"]) == 1
+        assert len(environment._opened) == 1
+    with pytest.raises(StoreError, match="was closed"):
+        len(first["t"])
