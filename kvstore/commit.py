@@ -86,6 +86,8 @@ class Committer:
         self._closing = False
         number, store_id = layout.active(), layout.store_id()
         self._segment = Segment.open(layout.segment_path(number), number, "write", store_id)
+        # A commit that a kill cut short may show and yet not be durable: a roll would build on it.
+        self._segment.environment.sync()
         self.state: State = self._segment.state()
         self._sequences = {
             info.stream_id: self.state.stream_totals(info.stream_id).next_sequence

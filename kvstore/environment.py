@@ -164,6 +164,15 @@ class Environment:
             raise
         self._leave()
 
+    def sync(self) -> None:
+        """Make durable what a killed process may have left in the page cache only."""
+        self._enter()
+        try:
+            with translated(self.path):
+                self._env.sync(True)
+        finally:
+            self._leave()
+
     def last_commit(self) -> int:
         """Number of the last commit, LMDB's transaction id; cheap, needs no transaction."""
         return self._info("last_txnid")
@@ -213,9 +222,10 @@ class Environment:
             self._references -= 1
             if self._references or self._disowned:
                 return
+            # Under the lock: py-lmdb would refuse to open the file anew until it is closed.
             for key in [key for key, value in _opened.items() if value is self]:
                 del _opened[key]
-        self._shut()
+            self._shut()
 
     def _enter(self) -> None:
         if self._disowned:
@@ -281,7 +291,8 @@ def create_environment(path: Path, map_bytes: int, fill: Callable[[Txn, Any], No
     """
     with suppress(FileNotFoundError):
         path.unlink()
-    with translated(path, needed_bytes=1 << 16):
+    # Under the lock: a child forked now would inherit it open, and could not open the segment.
+    with _opened_lock, translated(path, needed_bytes=1 << 16):
         env = lmdb.open(
             str(path),
             map_size=map_bytes,

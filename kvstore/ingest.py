@@ -63,14 +63,18 @@ class Source:
 
     def readinto(self, buffer: memoryview) -> int | None:
         """Bytes read, 0 at the end of the input, None where reading should stop."""
-        if self._wakeup_fd is not None:
-            ready, _, _ = select.select([self._fd, self._wakeup_fd], [], [])
-            if self._wakeup_fd in ready:
-                return self._drain(buffer) if self._fd in ready else None
-        return os.readv(self._fd, [buffer])
+        if self._wakeup_fd is None:
+            return os.readv(self._fd, [buffer])
+        ready, _, _ = select.select([self._fd, self._wakeup_fd], [], [])
+        if self._wakeup_fd in ready:
+            return self._drain(buffer) if self._fd in ready else None
+        count = os.readv(self._fd, [buffer])
+        # The same Ctrl-C may have ended the sender, and its end have overtaken our signal.
+        if not count and select.select([self._wakeup_fd], [], [], 0)[0]:
+            return None
+        return count
 
     def _drain(self, buffer: memoryview) -> int | None:
-        """The end of the input counts as stopping: the same Ctrl-C may have ended the sender."""
         count = os.readv(self._fd, [buffer[: _DRAINED_BYTES_MAX - self._drained]])
         self._drained += count
         return count or None

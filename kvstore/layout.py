@@ -65,20 +65,25 @@ class Layout:
 
     def store_id(self) -> bytes:
         """The id given at creation; StoreNotFound or StoreFormatError where there is none."""
+        return self.identity()[0]
+
+    def identity(self) -> tuple[bytes, int]:
+        """The store's id, and when it was made, in ns since 1970."""
         if not self.exists():
             raise StoreNotFound(f"{self.path}: no store here; create one with mode='w'")
         with translated(self.path):
             data = (self.path / _IDENTITY).read_bytes()
         try:
-            version, store_id, _ = codec.unpacked(data, _IDENTITY)
-        except (DamageError, ValueError) as error:
+            version, *rest = codec.unpacked(data, _IDENTITY)
+        except (DamageError, ValueError, TypeError) as error:
             raise StoreFormatError(f"{self.path}: {_IDENTITY} is damaged: {error}") from error
         if version != FORMAT:
             raise StoreFormatError(
                 f"{self.path}: format version {version}, this kvstore reads {FORMAT}: "
                 "use the kvstore release that wrote it, or a newer one"
             )
-        return bytes(store_id)
+        store_id, created_ns = rest
+        return bytes(store_id), created_ns
 
     def create(self, segment_bytes: int) -> None:
         """Make an empty store, or finish a creation that was cut short.

@@ -252,23 +252,40 @@ def _fetch(
 def _merged(
     scan: Scan, names: Sequence[str], numbers: Sequence[int], *, verify: bool
 ) -> Iterator[Batch]:
-    """Rows strictly by time, then arrival: hold back what a later batch may still precede."""
+    """Rows strictly by time, then arrival: hold back what a later batch may still precede.
+
+    What overlaps is sorted anew only once as much has arrived as was held back: sorting at
+    each batch took time quadratic in the number of batches that overlap.
+    """
     time = scan.info.schema.number(scan.info.schema.time)
-    held: list[Array] | None = None  # sequence and time of each row, then the fields asked for
+    held: list[Array] = []  # sequence and time of each row, then the fields asked for; sorted
+    arrived: list[list[Array]] = []
     for entry, columns in _columns(scan, [time, *numbers], verify=verify):
-        times, sequences = columns[0], np.full(len(columns[0]), entry.sequence, np.uint64)
-        arrived = [sequences, *columns]
-        if held is None:
-            held = arrived
+        safe_until = _safe_until(columns[0][0])
+        if held and not arrived and held[1][-1] < safe_until:
+            yield dict(zip(names, held[2:], strict=True))
+            held = []
+        sequences = np.full(len(columns[0]), entry.sequence, np.uint64)
+        arrived.append([sequences, *columns])
+        if held and sum(len(part[0]) for part in arrived) < len(held[0]):
             continue
-        ready = int(np.searchsorted(held[1], _safe_until(times[0]), "left"))
+        held, arrived = _in_order([held, *arrived]), []
+        ready = int(np.searchsorted(held[1], safe_until, "left"))
         if ready:
             yield dict(zip(names, (column[:ready] for column in held[2:]), strict=True))
-        rest = [np.concatenate([old[ready:], new]) for old, new in zip(held, arrived, strict=True)]
-        order = np.lexsort((rest[0], rest[1]))
-        held = [column[order] for column in rest]
-    if held is not None:
-        yield dict(zip(names, held[2:], strict=True))
+            held = [column[ready:] for column in held]
+    if held:
+        yield dict(zip(names, _in_order([held, *arrived])[2:], strict=True))
+
+
+def _in_order(parts: Sequence[list[Array]]) -> list[Array]:
+    """Columns of sequence, time and more, joined and sorted by time, then sequence."""
+    parts = [part for part in parts if part]
+    if len(parts) == 1:
+        return parts[0]
+    joined = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+    order = np.lexsort((joined[0], joined[1]))
+    return [column[order] for column in joined]
 
 
 def _safe_until(first: Any) -> Any:

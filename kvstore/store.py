@@ -96,7 +96,7 @@ class Store:
 
     def __init__(self, layout: Layout, writer: Writer | None):
         self._layout = layout
-        self._store_id = layout.store_id()
+        self._store_id, self._created_ns = layout.identity()
         self._writer = writer
         self._generation = environment.generation
         self._closed = False
@@ -197,7 +197,7 @@ class Store:
             tuple(_stats(state, info) for _, info in sorted(state.streams.items())),
             len(sizes) + 1,
             sum(sizes) + self._active.environment.used_bytes(),
-            state.created_ns,
+            self._created_ns,
             state.last_commit_ns,
             dict(state.marks),
         )
@@ -246,10 +246,11 @@ class Store:
             self._segments.pop(oldest).close()
         return segment
 
-    def _info(self, name: str) -> StreamInfo:
+    def _info(self, name: str, state: State | None = None) -> StreamInfo:
+        """A stream's definition: the writer's own, which may not be committed yet, or stored."""
         if self._writer is not None and (found := self._writer.find(name)):
             return found.info
-        streams = self.state().streams
+        streams = (state or self.state()).streams
         if name not in streams:
             there = ", ".join(sorted(streams)) or "none"
             raise StreamNotFound(f"{self.path}: no stream {name!r}; there are: {there}")
@@ -391,7 +392,7 @@ class Stream:
         on_damage: OnDamage | None,
     ) -> Scan:
         state = self._store.state()
-        info = state.streams.get(self.name) or self._store._info(self.name)  # noqa: SLF001
+        info = self._store._info(self.name, state)  # noqa: SLF001
         range_ = reading.make_range(info.schema, start, stop, unit=unit, inclusive=inclusive)
         return Scan(info, state, range_, self._store.open_segment, on_damage or _raise)
 

@@ -18,7 +18,7 @@ import typer
 
 from kvstore import libc
 from kvstore import store as stores
-from kvstore.cli.options import STDIN, duration_s, epoch_seconds, size_bytes
+from kvstore.cli.options import STDIN, duration_s, epoch_seconds, input_file, size_bytes
 from kvstore.cli.terminal import (
     FAILED,
     LOSS,
@@ -109,10 +109,7 @@ def write(
         typer.Argument(
             metavar="FILE",
             help="Files of packets, - for stdin; stdin if none is given.",
-            exists=True,
-            dir_okay=False,
-            readable=True,
-            allow_dash=True,
+            parser=input_file,
         ),
     ] = None,
     *,

@@ -19,6 +19,17 @@ _PREFIXES: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
                     "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
 
 
+def input_file(text: str) -> Path:
+    """A file that can be read, or - for stdin; seen to before a store is made for it."""
+    path = Path(text)
+    try:
+        if path != STDIN:
+            path.open("rb").close()
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: {error.strerror}") from error
+    return path
+
+
 def time_text(text: str) -> str:
     """A time as it was given, once it is known that it can be read."""
     epoch_seconds(text)

@@ -225,11 +225,11 @@ def _opened(output: Path | None) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    target = output.resolve()  # a link stays a link
-    if target.exists() and not target.is_file():  # /dev/null or a named pipe is written to
-        with target.open("wb") as file:
+    if output.exists() and not output.is_file():  # /dev/null or a named pipe is written to
+        with output.open("wb") as file:
             yield file
         return
+    target = output.resolve()  # a link stays a link
     fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with fresh.open("wb") as file:
