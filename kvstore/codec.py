@@ -12,11 +12,11 @@ a time, and measured slower than one plain call on each of our threads (NOTES.md
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Final, NamedTuple
 
 import lz4.block
 import msgpack
-import numcodecs.blosc
 import numpy as np
 import xxhash
 
@@ -30,6 +30,7 @@ BLOSC: Final = 1
 TEXT: Final = 2
 
 LEVEL: Final = 5
+_SHUFFLE: Final = 1  # by bytes
 PROBE_MIN_BYTES: Final = 1 << 16  # below this, compressing costs less than probing saves
 PROBE_BYTES: Final = 1 << 14  # of each probed piece: enough for LZ4's window to find repeats
 PROBE_PIECES: Final = 3  # start, middle, end: a batch may be half empty
@@ -37,7 +38,14 @@ RAW_RATIO: Final = 1.03  # a saving below 3 % is not worth decompressing for
 CHECK_BYTES: Final = 1 << 18  # checksum and copy in pieces that stay in the L2 cache
 SMALL_BYTES: Final = 64  # Blosc's own header and bookkeeping take 16 of them
 
-numcodecs.blosc.use_threads = False
+
+@functools.cache
+def _blosc() -> Any:
+    """Blosc, imported at first use: numcodecs takes a third of what `import kvstore` would."""
+    import numcodecs.blosc  # noqa: PLC0415
+
+    numcodecs.blosc.use_threads = False
+    return numcodecs.blosc
 
 
 class Block(NamedTuple):
@@ -103,7 +111,7 @@ def _as_words(array: Array) -> Array:
 
 
 def _compress(flat: Array) -> bytes:
-    packed: bytes = numcodecs.blosc.compress(flat, b"lz4", LEVEL, numcodecs.blosc.SHUFFLE, 0)
+    packed: bytes = _blosc().compress(flat, b"lz4", LEVEL, _SHUFFLE, 0)
     return packed
 
 
@@ -146,7 +154,7 @@ def _decompress(data: memoryview, out: Array) -> None:
     if header is None or header[0] != out.nbytes or header[2] != len(data):
         raise DamageError(f"{len(data)} bytes are no Blosc block of {out.nbytes} bytes")
     try:
-        numcodecs.blosc.decompress(data, _as_words(out))
+        _blosc().decompress(data, _as_words(out))
     except (RuntimeError, ValueError) as error:
         raise DamageError(f"Blosc cannot decompress the block: {error}") from error
 

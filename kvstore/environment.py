@@ -36,7 +36,8 @@ Mode = Literal["write", "shared", "alone"]
 Txn = Any  # lmdb.Transaction[memoryview]; lmdb's own stubs differ between 2.x and 3.x
 
 TABLES: Final = (b"index", b"blocks", b"order", b"meta")
-READERS_MAX: Final = 1022  # 64 bytes each in the lock file
+READERS_MAX: Final = 1022  # 64 bytes each in the lock file, behind a header of twice that
+_LOCK_BYTES: Final = 64 * (READERS_MAX + 2)
 FILE_MODE: Final = 0o664  # group-writable: readers need the lock file
 _MAP_BYTES_ALONE: Final = 1 << 20  # LMDB raises it to the size of a file that does not grow
 _MAP_BYTES_OF_FILE: Final = 0  # the range that the file was created with: the same for all
@@ -105,6 +106,8 @@ class Environment:
     def _open(self, mode: Mode) -> None:
         check_file(self.path)
         with translated(self.path):
+            if mode != "alone":
+                _reserve_lock_file(_lock_path(self.path))
             self._env: Any = lmdb.open(
                 str(self.path),
                 map_size=_MAP_BYTES_ALONE if mode == "alone" else _MAP_BYTES_OF_FILE,
@@ -348,6 +351,20 @@ def _read_meta(page: bytes) -> tuple[int, int, int] | None:
 
 def _lock_path(path: Path) -> Path:
     return path.with_name(path.name + "-lock")
+
+
+def _reserve_lock_file(path: Path) -> None:
+    """Give the lock file its blocks: LMDB maps it sparse, and a full disk were a SIGBUS."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return  # LMDB itself says whether it can do without
+        raise
+    try:
+        os.posix_fallocate(fd, 0, _LOCK_BYTES)
+    finally:
+        os.close(fd)
 
 
 @contextmanager

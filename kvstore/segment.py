@@ -396,10 +396,10 @@ def _order(entry: Entry) -> bytes:
 def _entry(key: bytes, value: bytes) -> Entry:
     try:
         record = codec.unpacked(value, "its index record")
-        if record[0] != key:
-            raise DamageError("its index record stands under a key that is not its own")
     except DamageError as error:
         raise DamageError(f"a batch {_place(key)} cannot be read: {error}") from error
+    if record[0] != key:
+        raise DamageError(f"a batch {_place(key)} cannot be read: its index record is another's")
     return Entry(*record)
 
 
