@@ -47,7 +47,7 @@ class Queued:
 
     size: int = 0
     batch: EncodedBatch | None = None  # without its sequence and blocks, which come last
-    blocks: Sequence[Future[codec.Block]] | Sequence[codec.Block] = ()
+    blocks: Future[list[codec.Block]] | Sequence[codec.Block] = ()
     define: StreamInfo | None = None
     marks: Mapping[str, Any] | None = None
     joined: bool = False  # in one transaction with what is queued next
@@ -86,9 +86,14 @@ class Committer:
         self._closing = False
         number, store_id = layout.active(), layout.store_id()
         self._segment = Segment.open(layout.segment_path(number), number, "write", store_id)
-        # A commit that a kill cut short may show and yet not be durable: a roll would build on it.
-        self._segment.environment.sync()
-        self.state: State = self._segment.state()
+        try:
+            # A commit that a kill cut short may show and yet not be durable: a roll would
+            # build on it.
+            self._segment.environment.sync()
+            self.state: State = self._segment.state()
+        except BaseException:
+            self._segment.close()
+            raise
         self._sequences = {
             info.stream_id: self.state.stream_totals(info.stream_id).next_sequence
             for info in self.state.streams.values()
@@ -278,7 +283,7 @@ class Committer:
 
 def _finished(item: Queued) -> EncodedBatch:
     assert item.batch is not None
-    blocks = [block.result() if isinstance(block, Future) else block for block in item.blocks]
+    blocks = item.blocks.result() if isinstance(item.blocks, Future) else item.blocks
     return item.batch._replace(blocks=blocks)
 
 

@@ -107,7 +107,7 @@ class Environment:
         check_file(self.path)
         with translated(self.path):
             if mode != "alone":
-                _reserve_lock_file(_lock_path(self.path))
+                reserve_lock_file(self.path)
             self._env: Any = lmdb.open(
                 str(self.path),
                 map_size=_MAP_BYTES_ALONE if mode == "alone" else _MAP_BYTES_OF_FILE,
@@ -237,7 +237,7 @@ class Environment:
             )
         if self.mode == "alone" and (writer := self._writer()) != self._seen_writer:
             # Its lock file may come a moment later: then what the lock says changes once more.
-            self._reopen("shared" if _lock_path(self.path).exists() else "alone")
+            self._reopen("shared" if lock_path(self.path).exists() else "alone")
             self._seen_writer = writer
         elif not self._is_open:
             self._reopen(self.mode)
@@ -349,14 +349,18 @@ def _read_meta(page: bytes) -> tuple[int, int, int] | None:
     return txn_id, last_page, page_bytes
 
 
-def _lock_path(path: Path) -> Path:
+def lock_path(path: Path) -> Path:
+    """Where LMDB keeps the reader table of a file."""
     return path.with_name(path.name + "-lock")
 
 
-def _reserve_lock_file(path: Path) -> None:
-    """Give the lock file its blocks: LMDB maps it sparse, and a full disk were a SIGBUS."""
+def reserve_lock_file(path: Path) -> None:
+    """Make a file's lock file and give it its blocks.
+
+    LMDB maps it sparse: on a full disk the first touch of a page were a SIGBUS.
+    """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        fd = os.open(lock_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return  # LMDB itself says whether it can do without
@@ -401,7 +405,7 @@ def _remedy(error: lmdb.Error, path: Path) -> str:
     if isinstance(error, lmdb.ReadersFullError):
         return f"more than {READERS_MAX} readers at once, close some: "
     if isinstance(error, lmdb.LockError | lmdb.ReadonlyError) or "denied" in str(error):
-        lock = _lock_path(path).name
+        lock = lock_path(path).name
         return f"reading while a writer runs needs write permission for the lock file {lock}: "
     return ""
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from kvstore import codec
-from kvstore.environment import translated
+from kvstore.environment import lock_path, reserve_lock_file, translated
 from kvstore.errors import DamageError, StoreFormatError, StoreLocked, StoreNotFound
 from kvstore.segment import FORMAT, Segment, State, create_segment
 
@@ -70,7 +70,9 @@ class Layout:
     def identity(self) -> tuple[bytes, int]:
         """The store's id, and when it was made, in ns since 1970."""
         if not self.exists():
-            raise StoreNotFound(f"{self.path}: no store here; create one with mode='w'")
+            raise StoreNotFound(
+                f"{self.path}: no store here; check the path (mode='w' and kvstore write make one)"
+            )
         with translated(self.path):
             data = (self.path / _IDENTITY).read_bytes()
         try:
@@ -126,6 +128,7 @@ class Layout:
             if not final.exists():
                 fresh = final.with_suffix(".tmp")
                 create_segment(fresh, state, segment_bytes)
+                reserve_lock_file(final)  # before readers see it, and before a disk is full
                 fresh.rename(final)
             sync_folder(self.segments)
         return final
@@ -146,6 +149,10 @@ class Layout:
             return (self.path / _LOCK).read_bytes()
         except OSError:
             return b""
+
+    def is_shared(self, number: int) -> bool:
+        """Whether a writer has the active segment open now, or may have."""
+        return self.has_writer() and lock_path(self.segment_path(number)).exists()
 
     def has_writer(self) -> bool:
         """Whether some process is writing now."""

@@ -17,7 +17,7 @@ from typing import Final
 
 PIPE_BYTES: Final = 1 << 20  # what an unprivileged process may ask for by default
 WRITEBACK_BYTES_MIN: Final = 4 << 20  # smaller commits gain nothing
-_POLL_S: Final = 0.0005
+_POLL_S: Final = 0.001
 _PIECE_BYTES: Final = 1 << 20
 _SYNC_FILE_RANGE_WRITE: Final = 2
 _M_TRIM_THRESHOLD: Final = -1

@@ -229,7 +229,15 @@ class Segment:
             state = State(store_id, number, created_ns)
             with txn.cursor(self.environment.meta) as cursor:
                 for key, value in cursor:
-                    _read_meta_record(state, bytes(key), codec.unpacked(value, f"meta {key!r}"))
+                    what = f"{self.environment.path}: meta record {bytes(key)!r}"
+                    _read_meta_record(state, bytes(key), codec.unpacked(value, what))
+        for info in state.streams.values():
+            totals = state.stream_totals(info.stream_id)
+            if totals.batches != totals.next_sequence:  # each batch was given the next one
+                raise DamageError(
+                    f"{self.environment.path}: the meta table knows {totals.batches} batches of "
+                    f"stream {info.name!r}, expected {totals.next_sequence}: records are missing"
+                )
         return state
 
     def entries(

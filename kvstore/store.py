@@ -232,7 +232,7 @@ class Store:
 
     def _open_active(self, number: int) -> Segment:
         seen = self._layout.writer()  # first: of a writer that starts now, it changes later
-        mode: Literal["shared", "alone"] = "shared" if self._layout.has_writer() else "alone"
+        mode: Literal["shared", "alone"] = "shared" if self._layout.is_shared(number) else "alone"
         path = self._layout.segment_path(number)
         return Segment.open(
             path, number, mode, self._store_id, writer=self._layout.writer, seen_writer=seen

@@ -10,7 +10,7 @@ until a retry succeeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Final
@@ -238,31 +238,37 @@ class Writer:
         """A batch whose blocks are made now: the caller may reuse its arrays afterwards."""
         item = _item(info, schema, columns)
         largest = max(range(len(columns)), key=lambda number: columns[number].nbytes)
-        others = [
-            None if number == largest else self._encode(column, field, copy=True)
-            for number, (column, field) in enumerate(zip(columns, schema.fields, strict=True))
-        ]
-        mine = codec.encode(columns[largest], schema.fields[largest])
-        item.blocks = [mine if other is None else other.result() for other in others]
+        others = [number for number in range(len(columns)) if number != largest]
+        fields = schema.fields
+        rest = self._encode([columns[n] for n in others], [fields[n] for n in others], copy=True)
+        mine = codec.encode(columns[largest], fields[largest])
+        blocks = rest.result()
+        item.blocks = [*blocks[:largest], mine, *blocks[largest:]]
         return item
 
     def _encoding(self, info: StreamInfo, schema: Schema, columns: list[Array]) -> Queued:
         """A batch whose blocks are made on other threads, from memory that nobody changes."""
         item = _item(info, schema, columns)
-        item.blocks = [
-            self._encode(column, field, copy=False)
-            for column, field in zip(columns, schema.fields, strict=True)
-        ]
+        item.blocks = self._encode(columns, schema.fields, copy=False)
         return item
 
-    def _encode(self, column: Array, field: Field, *, copy: bool) -> Future[codec.Block]:
-        """A block made on another thread; on this one where that costs less, or at exit."""
-        if column.nbytes > _HAND_OVER_BYTES:
+    def _encode(
+        self, columns: list[Array], fields: Sequence[Field], *, copy: bool
+    ) -> Future[list[codec.Block]]:
+        """Blocks made on another thread; on this one where that costs less, or at exit."""
+        if sum(column.nbytes for column in columns) > _HAND_OVER_BYTES:
             with suppress(RuntimeError):  # at exit the pool's threads have ended
-                return self._pool.submit(codec.encode, column, field, copy=copy)
-        made: Future[codec.Block] = Future()
-        made.set_result(codec.encode(column, field, copy=copy))
+                return self._pool.submit(_blocks, columns, fields, copy=copy)
+        made: Future[list[codec.Block]] = Future()
+        made.set_result(_blocks(columns, fields, copy=copy))
         return made
+
+
+def _blocks(columns: list[Array], fields: Sequence[Field], *, copy: bool) -> list[codec.Block]:
+    return [
+        codec.encode(column, field, copy=copy)
+        for column, field in zip(columns, fields, strict=True)
+    ]
 
 
 def _item(info: StreamInfo, schema: Schema, columns: list[Array]) -> Queued:

@@ -12,16 +12,17 @@ from kvstore import environment
 
 @pytest.fixture
 def broken_path():
-    """Where a store goes that a test damages."""
+    """Where a store goes that a test damages. Afterwards none of its files may be left open."""
     with scratch() as folder:
         yield folder / "run.kv"
+        gc.collect()
+        opened = [each.path for each in environment._opened.values()]
+        assert not [path for path in opened if folder in path.parents], "left open"
 
 
 @pytest.fixture
 def path(broken_path):
-    """Where a test's store goes. Afterwards all of it must be readable, and nothing left open."""
+    """Where a store goes, all of which must be readable when the test is done."""
     yield broken_path
-    gc.collect()
-    assert not environment._opened, "a file of a store was left open"
     if (broken_path / "store.msgpack").exists():
         check_store(broken_path)

@@ -217,7 +217,8 @@ def test_a_roll_cut_short_at_any_step_is_finished_by_opening(tmp_path, monkeypat
         store.flush()
     monkeypatch.undo()
     old = ["00000001.mdb", "00000001.mdb-lock"]
-    new = [[], ["00000002.tmp"], ["00000002.mdb"], ["00000002.mdb"]]
+    rolled = ["00000002.mdb", "00000002.mdb-lock"]
+    new = [[], ["00000002.tmp"], rolled, rolled]
     for cut, more in zip(sorted(cuts.iterdir()), new, strict=True):
         assert sorted(file.name for file in (cut / "segments").iterdir()) == [*old, *more]
         with kvstore.open(cut) as store:

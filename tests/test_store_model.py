@@ -324,7 +324,7 @@ class StoreMachine(RuleBasedStateMachine):
             store.close()
         check_store(self.path)
         gc.collect()
-        assert not environment._opened
+        assert not [each for each in environment._opened.values() if self.path in each.path.parents]
 
 
 def check_rows(model, batches, expected, fields, *, ordered):

@@ -28,7 +28,7 @@ from kvstore.cli.terminal import (
     say,
     size_text,
 )
-from kvstore.errors import PacketError
+from kvstore.errors import PacketError, StoreError
 from kvstore.generate import generate as generate_packets
 from kvstore.ingest import PARTICLES, OnError, Progress, Source, ingest
 from kvstore.packets import FRAME_BYTES_MAX, PacketDecoder
@@ -172,8 +172,14 @@ def write(
             path, "w", flush_interval_s=flush_interval, segment_bytes=segment_bytes
         ) as store,
     ):
-        with progress_bar(lambda elapsed: _describe(progress, elapsed, path, stream)):
-            code = intake.take_all(store, inputs, stop)
+        before = len(store[stream]) if stream in store else 0
+        try:
+            with progress_bar(lambda elapsed: _describe(progress, elapsed, path, stream)):
+                code = intake.take_all(store, inputs, stop)
+        except StoreError:
+            stored = len(store[stream]) - before if stream in store else 0
+            say(f"Of {progress.rows} {_noun(stream)} received {stored} are stored.")
+            raise
         _summarise(progress, time.perf_counter() - started, store, stream)
     if code:
         raise typer.Exit(code)

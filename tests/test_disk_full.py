@@ -1,0 +1,230 @@
+"""A full disk, on small mounted volumes: a clear error, nothing lost, and on it goes with room.
+
+Each test fills the volume with a ballast file, and makes room by deleting it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from stores import check_store, run
+
+import kvstore
+from kvstore import DiskFull, commit
+
+VOLUME_BYTES = 16 << 20
+PAGE = 4096
+ROW_BYTES = 80
+
+
+def mounted(kind, folder):
+    """Mount a small volume on the folder; what went wrong, if it did."""
+    if kind == "tmpfs":
+        commands = [["mount", "-t", "tmpfs", "-o", f"size={VOLUME_BYTES}", "none", folder]]
+    else:
+        image = folder.with_suffix(".img")
+        with image.open("wb") as file:
+            file.truncate(VOLUME_BYTES)
+        commands = [
+            ["mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", image],
+            ["mount", "-o", "loop", image, folder],
+        ]
+    for command in commands:
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except FileNotFoundError as error:
+            return str(error)
+        except subprocess.CalledProcessError as error:
+            return f"{command[0]}: {error.stderr.strip()}"
+    return ""
+
+
+@pytest.fixture(scope="module", params=["tmpfs", "ext4"])
+def volume(request, tmp_path_factory):
+    """A folder with VOLUME_BYTES of room, its own file system."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: mounts a volume")
+    folder = tmp_path_factory.mktemp("volumes") / request.param
+    folder.mkdir()
+    if problem := mounted(request.param, folder):
+        pytest.skip(f"cannot mount a volume: {problem}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def path(volume):
+    """A store on the volume; removed afterwards, as is the ballast."""
+    yield volume / "run.kv"
+    subprocess.run(["rm", "-rf", volume / "run.kv", volume / "ballast"], check=True)
+
+
+def free_bytes(volume):
+    found = os.statvfs(volume)
+    return found.f_bavail * found.f_frsize
+
+
+@contextmanager
+def ballast(volume, *, leaving):
+    """Fill the volume up to that many bytes."""
+    file = volume / "ballast"
+    with file.open("wb") as out:
+        while (rest := free_bytes(volume) - leaving) > 0:
+            try:
+                out.write(bytes(min(rest, 1 << 20)))
+                out.flush()
+            except OSError:
+                break
+    try:
+        yield
+    finally:
+        file.unlink()
+
+
+def batch(first, rows):
+    v = np.arange(first, first + rows)
+    noise = (v[:, None].astype("u8") * np.uint64(0x9E3779B97F4A7C15)) ^ np.arange(8, dtype="u8")
+    return {"time": v.astype(float), "v": v, "noise": noise * noise}
+
+
+def check_rows(store, rows):
+    """Exactly these rows, bit for bit, through this handle."""
+    found = list(store["s"].read()) if "s" in store else []
+    for name, values in batch(0, rows).items():
+        every = np.concatenate([np.zeros((0, *values.shape[1:]), values.dtype)] + [b[name] for b in found])  # fmt: skip  # noqa: E501, RUF005
+        assert np.array_equal(every, values), name
+
+
+def rows_elsewhere(path):
+    """Rows as another process counts them, reading each."""
+    code = """
+        import sys, kvstore
+        with kvstore.open(sys.argv[1]) as store:
+            print(sum(len(b["v"]) for b in store["s"].read()) if "s" in store else 0)
+    """
+    return int(run(code, path))
+
+
+def fill(store, *, rows_each, first=0):
+    """Append and flush until the disk is full: rows durable, rows appended."""
+    durable = appended = first
+    with pytest.raises(DiskFull, match="no room on the disk") as caught:
+        for _ in range(10_000):
+            store.stream("s").append(batch(appended, rows_each))
+            appended += rows_each
+            store.flush()
+            durable = appended
+    assert "make room" in str(caught.value)
+    return durable, appended
+
+
+@pytest.mark.parametrize("rows_each", [1, 300, 20_000])
+def test_a_full_disk_loses_nothing_and_goes_on(volume, path, rows_each):
+    with kvstore.open(path, "w", flush_interval_s=None) as store:
+        room = max(3 * rows_each * ROW_BYTES, 400_000)
+        with ballast(volume, leaving=room):
+            durable, appended = fill(store, rows_each=rows_each)
+            assert durable > 0
+            check_rows(store, durable)
+            assert rows_elsewhere(path) == durable
+            for use in (store.flush, lambda: store.stream("s").append(batch(appended, 1))):
+                with pytest.raises(DiskFull):
+                    use()
+            check_rows(store, durable)
+        store.flush()
+        check_rows(store, appended)
+        store.stream("s").append(batch(appended, rows_each))
+        store.flush(marks={"end": 1})
+        check_rows(store, appended + rows_each)
+    check_store(path)
+
+
+def test_appending_goes_on_by_itself_once_there_is_room(volume, path, monkeypatch):
+    monkeypatch.setattr(commit, "RETRY_S", 0.05)
+    with kvstore.open(path, "w", flush_interval_s=0.01) as store:
+        with ballast(volume, leaving=300_000):
+            durable, appended = 0, 0
+            with pytest.raises(DiskFull):
+                while True:
+                    store.stream("s").append(batch(appended, 100))
+                    appended += 100
+                    time.sleep(0.02)
+            durable = len(store["s"])
+            check_rows(store, durable)
+            assert durable < appended
+        deadline = time.monotonic() + 30
+        while len(store["s"]) < appended:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        store.stream("s").append(batch(appended, 100))
+        store.flush()
+        check_rows(store, appended + 100)
+    check_store(path)
+
+
+def test_closing_on_a_full_disk_says_what_was_lost(volume, path):
+    store = kvstore.open(path, "w", flush_interval_s=None)
+    with ballast(volume, leaving=400_000):
+        durable, appended = fill(store, rows_each=500)
+        with pytest.raises(DiskFull):
+            store.close()
+        store.close()
+        assert rows_elsewhere(path) == durable < appended
+    with kvstore.open(path, "w") as store:
+        check_rows(store, durable)
+        store.stream("s").append(batch(durable, 500))
+    check_store(path)
+
+
+def test_a_disk_that_fills_at_any_point_of_a_roll(volume, path):
+    """Small segments, and a little more room each time: full in the middle of every step."""
+    for pages in range(0, 48, 1 if os.environ.get("KVSTORE_KILLS") else 3):
+        store = kvstore.open(path, "w", flush_interval_s=None, segment_bytes=64 << 10)
+        with store:
+            with ballast(volume, leaving=pages * PAGE):
+                durable, appended = fill(store, rows_each=40)
+                check_rows(store, durable)
+                assert rows_elsewhere(path) == durable
+            store.flush()
+            check_rows(store, appended)
+            durable = appended
+            for _ in range(3):
+                store.stream("s").append(batch(durable, 40))
+                durable += 40
+                store.flush()
+            check_rows(store, durable)
+        check_store(path)
+        subprocess.run(["rm", "-rf", path], check=True)
+
+
+def test_a_disk_that_fills_while_the_store_is_created(volume, path):
+    outcomes = set()
+    for pages in range(24):
+        with ballast(volume, leaving=pages * PAGE):
+            try:
+                kvstore.open(path, "w").close()
+            except DiskFull:
+                outcomes.add("full")
+            else:
+                outcomes.add("created")
+        with kvstore.open(path, "w") as store:
+            store.stream("s").append(batch(0, 40))
+        check_store(path)
+        assert rows_elsewhere(path) == 40
+        assert not list((path / "segments").glob("*.tmp"))
+        subprocess.run(["rm", "-rf", path], check=True)
+    assert outcomes == {"full", "created"}
+
+
+def test_reading_works_on_a_full_disk(volume, path):
+    with kvstore.open(path, "w") as store:
+        store.stream("s").append(batch(0, 1000))
+    with ballast(volume, leaving=0):
+        assert rows_elsewhere(path) == 1000
+        with kvstore.open(path) as store:
+            check_rows(store, 1000)
