@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvstore.generate import PARTICLES_MAX, Profile, _Source
+from kvstore.generate import PARTICLES_MAX, Profile, Source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,7 +66,7 @@ def batches_of(
 
     particles: in every batch; None draws 1 to 1,000 each time, as the generator does.
     """
-    source = _Source(profile, seed, particles)
+    source = Source(profile, seed, particles)
     rows, sent = _rows(size_bytes), 0
     while sent < rows:
         batch = source.batch(START_S + sent / PARTICLES_PER_S)

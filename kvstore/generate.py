@@ -80,7 +80,7 @@ def generate(
     stopped: asked before each packet and after each sleep, so that no packet is cut short.
     What ``write`` raises, BrokenPipeError included, ends the run and is not caught.
     """
-    source = _Source(profile, seed, particles)
+    source = Source(profile, seed, particles)
     begin = monotonic()
     packets = rows = sent = 0
     first = last = None
@@ -128,7 +128,7 @@ def _iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")
 
 
-class _Source:
+class Source:
     """Batches of made-up particles. Arrays share one buffer per batch, new for each."""
 
     def __init__(self, profile: Profile, seed: int | None, particles: int | None) -> None:

@@ -142,9 +142,12 @@ def rows_in(path, stream="particles"):
         return len(store[stream])
 
 
-def wait_for(condition, what):
+def wait_for(condition, what, process):
+    """Until it is so; fails at once where the process that should see to it has ended."""
     deadline = time.monotonic() + 30
     while not condition():
+        ended_early = process.poll() is not None and not condition()
+        assert not ended_early, f"ended before {what}: {process.communicate()}"
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.02)
 
@@ -295,7 +298,7 @@ def test_a_dash_is_stdout_and_a_device_stays_a_device(store, tmp_path):
 def test_an_unfinished_output_file_is_not_seen_and_not_left(tmp_path, number, code):
     run("write", "big.kv", data=framed(particles(3000)), cwd=tmp_path)
     process = start("read", "big.kv", "-o", "out.jsonl", cwd=tmp_path)
-    wait_for(lambda: list(tmp_path.glob(".out.jsonl.*.tmp")), "the unfinished file")
+    wait_for(lambda: list(tmp_path.glob(".out.jsonl.*.tmp")), "the unfinished file", process)
     assert not (tmp_path / "out.jsonl").exists()
     process.send_signal(number)
     assert ended(process).code == code
@@ -512,7 +515,7 @@ def test_a_signal_commits_everything_received_and_says_so(tmp_path, number):
     process = start("write", "s.kv", "--flush-interval", "1h", cwd=tmp_path)
     process.stdin.write(ONE * 20 + ONE[:100])
     process.stdin.flush()
-    wait_for((tmp_path / "s.kv" / "store.msgpack").exists, "the store")
+    wait_for((tmp_path / "s.kv" / "store.msgpack").exists, "the store", process)
     time.sleep(0.1)
     process.send_signal(number)
     done = ended(process)
@@ -532,9 +535,9 @@ def test_ctrl_c_in_a_pipeline_stores_every_packet_that_was_sent(tmp_path):
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    wait_for((tmp_path / "s.kv" / "store.msgpack").exists, "the store")
-    wait_for(lambda: "particles" in kvstore.open(tmp_path / "s.kv"), "the stream")
-    wait_for(lambda: rows_in(tmp_path / "s.kv") > 200, "some rows")
+    wait_for((tmp_path / "s.kv" / "store.msgpack").exists, "the store", process)
+    wait_for(lambda: "particles" in kvstore.open(tmp_path / "s.kv"), "the stream", process)
+    wait_for(lambda: rows_in(tmp_path / "s.kv") > 200, "some rows", process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     done = ended(process)
     assert done.out == b"0 0\n"
@@ -548,8 +551,10 @@ def test_one_reads_while_one_writes_and_a_second_writer_is_told_the_pid(tmp_path
     process = start("write", "s.kv", "--flush-interval", "20ms", cwd=tmp_path)
     process.stdin.write(ONE)
     process.stdin.flush()
-    wait_for((tmp_path / "s.kv" / "store.msgpack").exists, "the store")
-    wait_for(lambda: run("read", "s.kv", "--count", cwd=tmp_path).text == "2\n", "the rows")
+    wait_for((tmp_path / "s.kv" / "store.msgpack").exists, "the store", process)
+    wait_for(
+        lambda: run("read", "s.kv", "--count", cwd=tmp_path).text == "2\n", "the rows", process
+    )
     second = run("write", "s.kv", data=ONE, cwd=tmp_path)
     assert second.code == 1
     assert re.match(rf"kvstore: s\.kv: .*{process.pid}", second.err)
@@ -565,9 +570,9 @@ def test_after_kill_9_the_store_reads_a_prefix_of_whole_packets_and_goes_on(tmp_
     for n in range(200):
         process.stdin.write(framed(particles(2, T0 + n)))
     process.stdin.flush()
-    wait_for((tmp_path / "s.kv" / "store.msgpack").exists, "the store")
-    wait_for(lambda: "particles" in kvstore.open(tmp_path / "s.kv"), "the stream")
-    wait_for(lambda: rows_in(tmp_path / "s.kv"), "some rows")
+    wait_for((tmp_path / "s.kv" / "store.msgpack").exists, "the store", process)
+    wait_for(lambda: "particles" in kvstore.open(tmp_path / "s.kv"), "the stream", process)
+    wait_for(lambda: rows_in(tmp_path / "s.kv"), "some rows", process)
     process.kill()
     assert ended(process).code == -signal.SIGKILL
     times = joined(unpickled(run("read", "s.kv", cwd=tmp_path).out))["timestamps"]

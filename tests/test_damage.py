@@ -26,8 +26,8 @@ CONTENT = """
 
     def content(number):
         v = np.arange(number * 50, number * 50 + 50)
-        noise = (v[:, None].astype("u8") * np.uint64(0x9E3779B97F4A7C15)) ^ np.arange(40, dtype="u8")
-        noise *= noise
+        noise = v[:, None].astype("u8") * np.uint64(0x9E3779B97F4A7C15)
+        noise = (noise ^ np.arange(40, dtype="u8")) ** 2
         text = np.array([f"row {n}" for n in noise[:, 0]], object)
         return {"time": v / 50, "v": v, "noise": noise, "text": text}
 """
@@ -202,15 +202,16 @@ def foreign_lmdb(file):
 
 
 def other_stores(file):
-    with kvstore.open(file.parent.parent.with_name("other.kv"), "w", segment_bytes=1 << 16) as store:
+    path = file.parent.parent.with_name("other.kv")
+    with kvstore.open(path, "w", segment_bytes=1 << 16) as store:
         for number in range(BATCHES):
             store.stream("s").append(content(number))
             store.flush()
-    shutil.copy(file.parent.parent.with_name("other.kv") / "segments" / file.name, file)
+    shutil.copy(path / "segments" / file.name, file)
 
 
 def renamed(file):
-    shutil.copy(sorted(file.parent.glob("*.mdb"))[0], file)
+    shutil.copy(file.with_name("00000001.mdb"), file)
 
 
 BREAKS = {
@@ -303,7 +304,9 @@ def test_a_newer_store_is_refused_by_its_version(path):
 
 def test_no_truncation_kills_the_reader(path):
     """In a child, as LMDB reads through a memory map: a SIGBUS would end it."""
-    code = CONTENT + """
+    code = (
+        CONTENT
+        + """
     import os
     from pathlib import Path
     path, file = sys.argv[1:3]
@@ -320,6 +323,7 @@ def test_no_truncation_kills_the_reader(path):
             assert "truncated" in str(error) or "no LMDB 0.9 file" in str(error), error
         print("survived", length)
     """
+    )
     for which in (1, -2):
         file = segments(path)[which]
         copy = file.read_bytes()
@@ -329,7 +333,9 @@ def test_no_truncation_kills_the_reader(path):
 
 # ---- anywhere at random ----
 
-FLIPPER = CONTENT + """
+FLIPPER = (
+    CONTENT
+    + """
     import os, random, shutil
     from pathlib import Path
     source, scratch, first, end = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:5])
@@ -374,6 +380,7 @@ FLIPPER = CONTENT + """
             outcome = f"WRONG {error!r} {places}"
         os.write(1, b"outcome %d %s\\n" % (seed, outcome.encode()))
 """
+)
 
 
 def flips_anywhere(path, count):

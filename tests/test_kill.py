@@ -92,8 +92,8 @@ def killed_writer(path, seed):
 def check_prefix(path, before, told, sequences):
     """All that the store holds, read by a process that did not see the crash: returns the rows."""
     with kvstore.open(path) as store:
-        if "s" not in store:
-            assert told.durable == 0
+        if "s" not in store or len(store["s"]) == 0:  # its schema may come before its rows
+            assert told.durable == before == 0
             return 0
         batches = list(store["s"].read())
         found = len(store["s"])
@@ -160,7 +160,7 @@ def test_a_reader_lives_through_its_writers(path):
     with kvstore.open(path) as reader:
         for round_ in range(6):
             told = killed_writer(path, seed + round_)
-            if "s" in reader:
+            if "s" in reader and len(reader["s"]):
                 numbers = [batch["v"] for batch in reader["s"].read(fields=["v"])]
                 found = np.sort(np.concatenate(numbers))
                 assert np.array_equal(found, np.arange(len(found)))

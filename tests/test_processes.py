@@ -461,10 +461,9 @@ def test_reading_next_to_a_writer_needs_the_lock_file(path):
         path.parent.chmod(0o755)
         for each in path.rglob("*"):
             each.chmod(0o755 if each.is_dir() else 0o644)
-        child = start(AS_NOBODY, path, stderr=subprocess.PIPE)
-        with child:
-            _, errors = child.communicate(timeout=60)
-        assert child.returncode == 1
+        with start(AS_NOBODY, path, stderr=subprocess.PIPE) as reader:
+            _, errors = reader.communicate(timeout=60)
+        assert reader.returncode == 1
         lock_file = re.search(r"write permission for the lock file (\d{8}\.mdb-lock)", errors)
         (path / "segments" / lock_file[1]).chmod(0o666)
         assert run(AS_NOBODY, path).split() == ["300", "50", "1"]

@@ -64,7 +64,7 @@ STEPS = ["create_segment", "reserve_lock_file", "rename", "sync_folder", "open"]
 def failing(monkeypatch, step, when):
     if step == "rename":
         made = Failing(Path.rename, when)
-        monkeypatch.setattr(Path, "rename", lambda *args: made(*args))
+        monkeypatch.setattr(Path, "rename", lambda old, new: made(old, new))  # noqa: PLW0108  # a method
     elif step == "open":
         made = Failing(Segment.open, when)
         made.error = StoreError("Too many open files")
@@ -87,12 +87,12 @@ def test_a_roll_that_fails_at_any_step_loses_nothing(path, monkeypatch, step, wh
         append(store, number)
         try:
             store.flush()
-        except StoreError as error:
-            assert step.on, error
+        except StoreError:
             break
         durable = number + 1
         check_batches(reader, durable)
     assert step.failures >= 1
+    assert durable >= 5
     check_batches(store, durable)
     if durable < 20:  # what failed once may not be needed again
         step.on = True
@@ -161,8 +161,9 @@ def test_a_segment_carries_streams_sequences_and_marks(path):
 def test_a_segment_that_is_full_of_what_it_carries_still_takes_rows(path):
     """It rolled for ever: each new segment was full before its first row."""
     with kvstore.open(path, "w", **TINY) as store:
+        schema = Schema((Field("time", "f8", description="x" * 200),))
         for number in range(300):
-            store.stream(f"stream {number:03}", Schema((Field("time", "f8", description="x" * 200),)))
+            store.stream(f"stream {number:03}", schema)
         store.flush()
         for number in range(5):
             append(store, number)

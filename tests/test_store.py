@@ -6,6 +6,7 @@ import os
 import pickle
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -342,11 +343,14 @@ def test_without_an_interval_memory_is_bounded(path, monkeypatch):
             stream.append(batch)
         store.flush()
         assert len(stream) == 40_000
-        row = {"time": 1.0, "v": 1.0}
-        with pytest.raises(StoreError, match="flush more often"):
-            for _ in range(200_000):
-                stream.append(row)
+        appended = 0
+        with suppress(StoreError):
+            while appended < 200_000:
+                stream.append({"time": 1.0, "v": 1.0})
+                appended += 1
+        assert appended < 200_000
         store.flush()
+        assert len(stream) == 40_000 + appended
         stream.append(batch)
         with pytest.raises(StoreError, match="one transaction"):
             stream.append({name: np.tile(each, 3) for name, each in batch.items()}, marks={"m": 1})
@@ -471,20 +475,18 @@ def test_reads_that_are_broken_off_leave_nothing_open(path):
             next(batches)
         for _ in store["s"].read(ordered=True):
             break
-        with pytest.raises(ZeroDivisionError):
+        with suppress(ZeroDivisionError):
             for batch in store["s"].read():
-                1 / 0  # noqa: B018
+                len(batch) / 0
     del held, batches, batch
     assert not [name for name in open_files() if name.startswith(str(path))]
 
 
 def open_files():
     names = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            names.append(os.readlink(f"/proc/self/fd/{fd}"))
-        except FileNotFoundError:
-            continue
+    for fd in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            names.append(str(fd.readlink()))
     return names
 
 
