@@ -36,7 +36,7 @@ from kvstore.segment import (
 )
 
 GROUP_BYTES: Final = 32 << 20  # a commit of this size comes close to bare writes
-QUEUE_BYTES_MAX: Final = 64 << 20  # one group being committed while the next one gathers
+QUEUE_BYTES_MAX: Final = 64 << 20  # beside the group being committed: 0.2 s of 300 MB/s
 COMMIT_BYTES_MAX: Final = 1 << 30  # where rows and marks must be one transaction
 RETRY_S: Final = 1.0  # after a failed commit, unless flush asks earlier
 
@@ -181,28 +181,30 @@ class Committer:
                     self._failed([], error)
                     continue
                 group, ticket = self._take()
+                self._progress.notify_all()  # there is room
             try:
                 self._commit(group)
             except BaseException as error:  # noqa: BLE001  # handed to the next append or flush
                 with self.lock:
                     self._failed(group, error)
             else:
-                self._succeeded(group, ticket)
+                self._succeeded(ticket)
+            del group  # its memory, before the next wait
 
     def _take(self) -> tuple[list[Queued], int]:
         """What goes into the next commit, and the last flush that it answers.
 
-        All that is queued, but not a single append of gigabytes: LMDB holds a transaction in
-        memory, and the segment's address range has an end.
+        About one group, however much is queued: LMDB holds a transaction in memory.
         """
         group: list[Queued] = []
         size = 0
         while self._queue:
             may_end = not group or not group[-1].joined
-            if size >= QUEUE_BYTES_MAX and may_end and self._interval_s is not None:
+            if size >= GROUP_BYTES and may_end and self._interval_s is not None:
                 return group, self._answered
             group.append(self._queue.popleft())
             size += group[-1].size
+            self._queued_bytes -= group[-1].size
         self.oldest_s = None
         return group, self._asked
 
@@ -225,13 +227,13 @@ class Committer:
 
     def _failed(self, group: list[Queued], error: BaseException) -> None:
         self._queue.extendleft(reversed(group))
+        self._queued_bytes += sum(item.size for item in group)
         self.oldest_s = self._failed_s = time.monotonic()
         self.error = error
         self._progress.notify_all()
 
-    def _succeeded(self, group: list[Queued], ticket: int) -> None:
+    def _succeeded(self, ticket: int) -> None:
         with self.lock:
-            self._queued_bytes -= sum(item.size for item in group)
             self.is_full = False
             self._answered = ticket
             self.error = None

@@ -362,7 +362,7 @@ def test_an_append_of_any_size_is_cut_into_commits(path, monkeypatch, copy):
     """One that outgrew the segment's address range was retried for ever."""
     for module in (segment, commit):
         monkeypatch.setattr(module, "MAP_SPARE_BYTES", 12 << 20)
-    monkeypatch.setattr(commit, "QUEUE_BYTES_MAX", 4 << 20)
+    monkeypatch.setattr(commit, "GROUP_BYTES", 4 << 20)
     noise = np.random.default_rng(1).random(2 << 20)
     with kvstore.open(path, "w", segment_bytes=1 << 20) as store:
         store.stream("s").append({"time": np.arange(2 << 20), "v": noise}, copy=copy)
