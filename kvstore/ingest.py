@@ -102,10 +102,11 @@ def ingest(
     progress.ended = False
     try:
         target = _target(store, stream, time_field)
+        exact = stream == PARTICLES and stream in store and target.schema == PARTICLE_SCHEMA
         while count := readinto(decoder.buffer()):
             decoder.received(count)
             progress.bytes += count
-            _take(decoder, target, on_error, progress)
+            _take(decoder, target, on_error, progress, exact=exact)
         if count == 0:
             progress.ended = True
             decoder.close()
@@ -129,13 +130,18 @@ def _target(store: Store, name: str, time_field: str) -> Stream:
 
 
 def _take(
-    decoder: PacketDecoder, target: Stream, on_error: OnError | None, progress: Progress
+    decoder: PacketDecoder,
+    target: Stream,
+    on_error: OnError | None,
+    progress: Progress,
+    *,
+    exact: bool,
 ) -> None:
     """Append all packets that are complete by now."""
     while True:
         try:
             for packet in decoder.packets():
-                _append(target, packet)
+                _append(target, packet, exact=exact)
                 _count(target, packet, progress)
         except PacketError as error:
             if on_error is None or not error.whole:
@@ -146,11 +152,24 @@ def _take(
             return
 
 
-def _append(target: Stream, packet: Packet) -> None:
+def _append(target: Stream, packet: Packet, *, exact: bool) -> None:
+    if exact:
+        _check_particles(packet)
     try:
         target.append(packet.arrays, copy=False)
     except (SchemaError, TimeError) as error:
         raise packet.error(str(error)) from error
+
+
+def _check_particles(packet: Packet) -> None:
+    """Particles keep their dtypes to the letter: float32 stamps, say, would be 128 s apart."""
+    for name, (dtype, _) in PARTICLE_FIELDS.items():
+        array = packet.arrays.get(name)
+        if array is not None and array.dtype != dtype:
+            raise packet.error(
+                f"field {name!r} has dtype {array.dtype}, expected {dtype}; other packets go to a "
+                "stream of their own (--stream NAME)"
+            )
 
 
 def _count(target: Stream, packet: Packet, progress: Progress) -> None:

@@ -102,11 +102,21 @@ def test_an_empty_input_leaves_an_empty_stream_of_particles(path):
         assert len(store["particles"]) == 0
 
 
-def test_other_dtypes_that_lose_nothing_are_taken_as_particles(path):
-    take(path, framed(particles(2, scattering=np.ones((2, 64, 16), ">i2"))))
-    found = rows_of(path)["scattering"]
-    assert found.dtype == np.dtype("<i4")
-    assert (found == 1).all()
+def test_particles_keep_their_dtypes_to_the_letter(path):
+    for name, array in {
+        "scattering": np.ones((2, 64, 16), ">i2"),
+        "timestamps": np.full(2, 1771342357.0, "f4"),
+    }.items():
+        with pytest.raises(PacketError, match=f"packet 0 at byte 0: field '{name}' has dtype"):
+            take(path, framed(particles(2, **{name: array})))
+
+
+def test_a_stream_called_particles_may_have_another_schema(path):
+    with kvstore.open(path, "w") as store:
+        store.stream("particles").append({"time": np.arange(2.0), "v": np.arange(2, dtype="f4")})
+    take(path, framed({"time": np.arange(2.0), "v": np.arange(2, dtype="i2")}))
+    with kvstore.open(path) as store:
+        assert len(store["particles"]) == 4
 
 
 # ---- other streams ----
