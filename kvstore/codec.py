@@ -13,6 +13,7 @@ a time, and measured slower than one plain call on each of our threads (NOTES.md
 from __future__ import annotations
 
 import functools
+from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 import lz4.block
@@ -63,9 +64,10 @@ def encode(array: Array, field: Field, *, copy: bool = True) -> Block:
         return _encode_text(array)
     flat = _as_words(array)
     if flat.nbytes > SMALL_BYTES and not _is_incompressible(flat):
-        data: Bytes = _compress(flat)
-        if len(data) < flat.nbytes:
-            return Block(BLOSC, flat.nbytes, checksum(data), data)
+        with suppress(MemoryError):  # stored as they are, the rows need no more memory
+            data: Bytes = _compress(flat)
+            if len(data) < flat.nbytes:
+                return Block(BLOSC, flat.nbytes, checksum(data), data)
     data = flat.tobytes() if copy else flat.view(np.uint8).data
     return Block(RAW, flat.nbytes, checksum(data), data)
 

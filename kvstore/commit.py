@@ -124,8 +124,11 @@ class Committer:
 
     def wait_for_room(self) -> None:
         """Block while more than the queue's limit is held; returns early on an error."""
-        if self._interval_s is not None and self._queued_bytes > QUEUE_BYTES_MAX:
-            self._progress.wait_for(lambda: self._queued_bytes <= QUEUE_BYTES_MAX or self.error)
+        if self._interval_s is not None and self._held_bytes() > QUEUE_BYTES_MAX:
+            self._progress.wait_for(lambda: self._held_bytes() <= QUEUE_BYTES_MAX or self.error)
+
+    def _held_bytes(self) -> int:
+        return self._queued_bytes + self.staged_bytes
 
     def check_size(self, size: int, *, joined: bool) -> None:
         """StoreError, before anything is queued, where one transaction would grow too large."""
@@ -173,7 +176,7 @@ class Committer:
             with self.lock:
                 while not self._is_due():
                     self._work.wait(self._patience_s())
-                if self._closing:
+                if self._closing and self._gave_up():
                     return
                 try:
                     self._seal()
@@ -190,6 +193,9 @@ class Committer:
             else:
                 self._succeeded(ticket)
             del group  # its memory, before the next wait
+
+    def _gave_up(self) -> bool:
+        return self.error is not None or not (self._queue or self.staged_bytes)
 
     def _take(self) -> tuple[list[Queued], int]:
         """What goes into the next commit, and the last flush that it answers.

@@ -29,6 +29,8 @@ _CODES: Final = {
     "<i2": "h", "<u2": "H", "|i1": "b", "|u1": "B",
 }  # fmt: skip  # no bool: struct would take any object for one
 _SCALARS: Final = frozenset({float, int, np.float64, np.int64})
+_EXACT: Final = {"d": frozenset({float, np.float64}), "f": frozenset({float})}
+"""What struct packs into floats as Schema.columns would; it rounds other types in silence."""
 
 
 class Staging:
@@ -43,6 +45,7 @@ class Staging:
         self._values = operator.itemgetter(*schema.names)
         self._count = len(schema.names)
         self._time = schema.number(schema.time)
+        self._floats = _float_columns(schema)
         self._low, self._high = time_bounds(schema.time_dtype)
 
     def add_row(self, row: BatchLike) -> int:
@@ -56,6 +59,9 @@ class Staging:
                 return 0
             if not self._low <= time <= self._high:
                 return 0
+            for number, exact in self._floats:
+                if type(values[number]) not in exact:
+                    return 0
             packed: bytes = self._pack(*values)
         except (KeyError, TypeError, ValueError, OverflowError, struct.error):
             return 0  # Schema.columns finds the words for it
@@ -93,6 +99,11 @@ def _packer(schema: Schema) -> Any:
     if not all(codes) or len(codes) == 1 or any(field.shape for field in schema.fields):
         return None
     return struct.Struct("<" + "".join(codes)).pack
+
+
+def _float_columns(schema: Schema) -> list[tuple[int, frozenset[type]]]:
+    codes = [_CODES.get(field.np_dtype.str, "") for field in schema.fields]
+    return [(number, _EXACT[code]) for number, code in enumerate(codes) if code in _EXACT]
 
 
 def size_of(columns: list[Array]) -> int:

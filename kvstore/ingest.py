@@ -46,6 +46,7 @@ class Progress:
     skipped: int = 0
     first: Any = None  # time of the first row to arrive, in the stream's own dtype
     last: Any = None  # and of the last
+    unfinished_bytes: int = 0  # of a packet that was begun when reading was stopped
     ended: bool = False  # the (last) input was read to its end, whatever came of it
 
 
@@ -110,6 +111,7 @@ def ingest(
         if count == 0:
             progress.ended = True
             decoder.close()
+        progress.unfinished_bytes = decoder.unfinished_bytes
         return progress.ended
     finally:
         store.flush()

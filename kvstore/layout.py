@@ -137,6 +137,9 @@ class Layout:
         """Remove what a roll cut short left behind, and lock files of sealed segments."""
         active = self.segment_path(self.active()).name
         with translated(self.segments):
+            # A killed writer may have renamed and not synced: nothing durable may rest on that.
+            sync_folder(self.segments)
+            sync_folder(self.path)
             for entry in os.listdir(self.segments):
                 if entry.endswith(".tmp") or (
                     entry.endswith(".mdb-lock") and not entry.startswith(active)

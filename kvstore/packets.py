@@ -22,6 +22,7 @@ Every error is a PacketError with the packet's number and the offset of its fram
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -39,8 +40,11 @@ FRAME_BYTES_LIMIT: Final = 2**32 - 1  # what the header can say
 
 _CHUNK_BYTES: Final = 1 << 20  # one read of a 1 MiB pipe
 _SMALL_BYTES: Final = 64 << 10  # copying up to this into the next chunk costs less than a buffer
+_SHARED_MAX: Final = 4  # times the packet's size
+_TEXT_BYTES_MAX: Final = 16 << 20  # as Python strings it takes ten times that
 _CODE_POINT_MAX: Final = 0x10FFFF
 _SURROGATES: Final = (0xD800, 0xDFFF)
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 PARTICLE_TIME: Final = "timestamps"
 PARTICLE_FIELDS: Final[dict[str, tuple[np.dtype[Any], tuple[int, ...]]]] = {
@@ -109,12 +113,18 @@ class PacketDecoder:
             self._offset += frame_bytes
             try:
                 arrays = self._unpickler.loads(frame)
-                _check_arrays(arrays)
+                _check_arrays(arrays, len(frame))
             except PacketError as error:
                 raise PacketError(
                     error.reason, packet=number, offset=offset, whole=True
                 ) from error.__cause__
             yield Packet(number, offset, frame_bytes, arrays)
+
+    @property
+    def unfinished_bytes(self) -> int:
+        """Bytes that came of a packet whose end did not."""
+        large = 0 if self._large is None else HEADER_BYTES + self._large_filled
+        return large or self._stop - self._start
 
     def close(self) -> None:
         """The input has ended; PacketError if it did so inside a frame."""
@@ -195,12 +205,20 @@ class PacketDecoder:
 # -- what a packet may hold ----------------------------------------------------------------
 
 
-def _check_arrays(arrays: dict[str, Array]) -> None:
+def _check_arrays(arrays: dict[str, Array], frame_bytes: int) -> None:
     """What a schema cannot see. Which fields there must be, and of what kind, is its business."""
+    size = sum(array.nbytes for array in arrays.values())
+    if size > _SHARED_MAX * frame_bytes:  # one payload may serve many fields
+        raise PacketError(f"{size} bytes of arrays out of a packet of {frame_bytes} bytes")
     for name, array in arrays.items():
         if array.ndim == 0:
             raise PacketError(
                 f"field {name!r} is a scalar; an array with an axis of rows is expected"
+            )
+        if array.dtype.kind == "U" and array.nbytes > _TEXT_BYTES_MAX:
+            raise PacketError(
+                f"field {name!r} has {array.nbytes} bytes of text, at most {_TEXT_BYTES_MAX} fit "
+                "into a packet; send smaller packets"
             )
         if array.dtype.kind in "Ub":
             _check_values(name, array)
@@ -261,8 +279,10 @@ def _plain(name: str, array: Array) -> Array:
 
 def _as_text(name: str, array: Array) -> Array:
     for value in array.flat:
-        if type(value) is not str or value.endswith("\0"):  # numpy drops trailing NULs
-            found = "text that ends in NUL" if isinstance(value, str) else type(value).__name__
+        if type(value) is not str or value.endswith("\0") or _SURROGATE.search(value):
+            # numpy drops trailing NULs, and the decoder takes lone surrogates for damage
+            odd = "text that ends in NUL or holds half a character"
+            found = odd if isinstance(value, str) else type(value).__name__
             raise PacketError(
                 f"field {name!r} holds {found}, which a numpy 'U' array cannot;"
                 " leave the field or those rows out, or use another format"

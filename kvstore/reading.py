@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,6 @@ from kvstore.timestamps import (
 )
 
 Inclusive = Literal["both", "left"]
-_BEFORE_ALL: Final = b""
 
 
 class Range(NamedTuple):
@@ -45,9 +44,7 @@ class Range(NamedTuple):
 
     def overlaps(self, first: Any, last: Any) -> bool:
         """Whether rows from first to last can lie in the range."""
-        return bool(
-            last >= self.start and (first < self.stop if self.open_end else self.below(first))
-        )
+        return bool(last >= self.start) and self.below(first)
 
     def below(self, time: Any) -> bool:
         """Whether a time is not past the end."""
@@ -81,7 +78,8 @@ def make_range(
     if start is not None:
         low = to_time(start, dtype, side="start", unit=unit)
     if stop is not None:
-        high = to_time(stop, dtype, side="stop", unit=unit)
+        side: Literal["start", "stop"] = "start" if inclusive == "left" else "stop"
+        high = to_time(stop, dtype, side=side, unit=unit)
     return Range(
         plain_time(low),
         plain_time(high),
@@ -105,8 +103,9 @@ class Scan(NamedTuple):
 
         A segment is opened only when its first batch may be next, closed after its last.
         """
+        end = self.state.stream_totals(self.info.stream_id).next_sequence
         heap: list[Any] = [
-            (first, number, None, self._of_segment(number, totals))
+            (first, number, None, self._of_segment(number, totals, end))
             for first, number, totals in self._candidates()
         ]
         heapq.heapify(heap)
@@ -133,9 +132,8 @@ class Scan(NamedTuple):
                 first = typed_time(totals.first, dtype)
                 yield encode_key(time_to_ns(first, dtype), 0), number, totals
 
-    def _of_segment(self, number: int, totals: Totals) -> Iterator[tuple[Segment, Entry]]:
+    def _of_segment(self, number: int, totals: Totals, end: int) -> Iterator[tuple[Segment, Entry]]:
         """One segment's entries; what is wrong with the segment as a whole goes to on_damage."""
-        end = self.state.stream_totals(self.info.stream_id).next_sequence
         seen = 0
 
         def unreadable(error: DamageError) -> None:

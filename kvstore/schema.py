@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 import numpy as np
 
 from kvstore.errors import NoFillError, SchemaError
+from kvstore.lossless import as_array, converted
 from kvstore.timestamps import check_times
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ TIME_NAMES: Final = ("timestamps", "timestamp", "time")
 """Tried in this order where the time field is not named."""
 
 _TEXT = np.dtype(object)
-_LISTED: Final = ("ii", "iu", "ui", "uu", "UM", "Um", "Oi", "Ou", "Of", "Oc")
-_LARGE: Final = 1 << 24  # the smallest float32 that has two integers to it
 _KINDS = "biufcmM"
 
 
@@ -270,10 +269,10 @@ class Schema:
         time = time or _guess_time(tuple(batch))
         if time not in batch:
             raise SchemaError(f"the time field {time!r} is not in the batch: {sorted(batch)}")
-        lead = _array(batch[time], time).ndim
+        lead = as_array(batch[time], time).ndim
         fields = []
         for name, values in batch.items():
-            array = _array(values, name)
+            array = as_array(values, name)
             if array.ndim < lead:
                 raise SchemaError(f"field {name!r}: needs a first axis of rows as {time!r} has")
             dtype = _text_or(array, name)
@@ -351,76 +350,13 @@ def _text_or(array: Array, name: str) -> DTypeLike:
     raise SchemaError(f"field {name!r}: Python objects cannot be stored; text is str or None")
 
 
-def _array(values: ArrayLike, name: str, dtype: Any = None) -> Array:
-    """An array by numpy's own rules; SchemaError where it finds no array, or only a rounded one."""
-    if isinstance(values, np.ma.MaskedArray):
-        raise SchemaError(f"field {name!r}: a masked array's mask cannot be stored; fill it first")
-    try:
-        with np.errstate(over="raise"):
-            return np.asarray(values, dtype=dtype)
-    except (TypeError, ValueError, OverflowError, FloatingPointError) as error:
-        raise SchemaError(f"field {name!r} ({dtype or 'inferred'}): {error}") from error
-
-
 def _column(field: Field, values: ArrayLike, *, one_row: bool) -> Array:
     if field.is_text:
-        column = _array(values, field.name, field.np_dtype)
+        column = as_array(values, field.name, field.np_dtype)
         _text_or(column, field.name)
-    elif isinstance(values, np.ndarray) and values.dtype == field.np_dtype:
-        column = _array(values, field.name)
     else:
-        column = _converted(field, values)
+        column = converted(values, field.np_dtype, field.name)
     return column[np.newaxis] if one_row else column
-
-
-def _converted(field: Field, values: ArrayLike) -> Array:
-    """The values in the field's dtype, refusing what numpy would quietly round or wrap around.
-
-    Only Python's own floats may be rounded, to the field's precision: they have no dtype.
-    """
-    plain = not isinstance(values, np.ndarray | np.generic)
-    given = _listed(values, field.name) if plain else _array(values, field.name)
-    kinds = given.dtype.kind + field.np_dtype.kind
-    fits = np.can_cast(given.dtype, field.np_dtype, "same_kind" if plain else "safe")
-    if not given.size or fits or (plain and kinds in _LISTED):
-        column = _array(given, field.name, field.np_dtype)
-        if _is_exact(given, column):
-            return column
-    raise SchemaError(
-        f"field {field.name!r}: {given.dtype} values do not fit {field.np_dtype} without loss; "
-        "convert them before appending"
-    )
-
-
-def _listed(values: ArrayLike, name: str) -> Array:
-    """A list as numpy takes it, but as objects where it would make floats of large integers."""
-    given = _array(values, name)
-    if given.dtype.kind in "fc" and bool((np.abs(given) >= _LARGE).any()):
-        objects = _array(values, name, object)
-        if any(isinstance(value, int | np.integer) for value in objects.flat):
-            return objects
-    return given
-
-
-def _is_exact(given: Array, column: Array) -> bool:
-    """Whether integers and times kept their values: numpy takes any cast of them for safe."""
-    source, target = given.dtype.kind, column.dtype.kind
-    if source == "O":
-        pairs = zip(given.flat, column.reshape(-1).tolist(), strict=True)
-        return all(
-            stored == int(value)
-            if isinstance(value, int | np.integer)
-            else target in "fc" and isinstance(value, float | complex | np.inexact)
-            for value, stored in pairs
-        )
-    if not given.size or source + target in ("im", "um") or source not in "iumM":
-        return True
-    if target in "fc":
-        largest = 1 << (np.finfo(column.dtype).nmant + 1)
-        return bool(given.min() >= -largest and given.max() <= largest)
-    if source in "mM":
-        return np.array_equal(column.astype(given.dtype), given, equal_nan=True)
-    return np.array_equal(column, given)
 
 
 def _mismatch(given: set[str], expected: set[str]) -> str:

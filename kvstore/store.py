@@ -19,6 +19,7 @@ import numpy as np
 from kvstore import environment, reading
 from kvstore.errors import (
     DamageError,
+    SchemaError,
     StoreClosed,
     StoreError,
     StreamNotFound,
@@ -28,7 +29,7 @@ from kvstore.reading import Inclusive, Scan
 from kvstore.schema import Batch, BatchLike, Field, Schema
 from kvstore.segment import OnDamage, Segment, State, StreamInfo
 from kvstore.timestamps import TimeLike, Unit, typed_time
-from kvstore.writer import FLUSH_INTERVAL_S, SEGMENT_BYTES, StreamWriter, Writer
+from kvstore.writer import FLUSH_INTERVAL_S, SEGMENT_BYTES, StreamWriter, Writer, check_options
 
 _OPEN_SEGMENTS_MAX: Final = 16  # kept open between reads: a file descriptor and a map each
 
@@ -81,6 +82,7 @@ def open_store(
     layout = Layout(path)
     if mode == "r":
         return Store(layout, None)
+    check_options(flush_interval_s, segment_bytes)
     if not layout.exists():
         layout.prepare()
     writer = Writer(layout, flush_interval_s=flush_interval_s, segment_bytes=segment_bytes)
@@ -136,6 +138,12 @@ class Store:
             return self[name]
         if schema is not None:
             self._writer.define(name, schema)
+        found = self._writer.find(name)
+        if found is not None and time not in ("", found.info.schema.time):
+            raise SchemaError(
+                f"{self.path}: the time field of stream {name!r} is {found.info.schema.time!r}, "
+                f"not {time!r}; leave time out, or choose another stream"
+            )
         return Stream(self, name, time)
 
     def __getitem__(self, name: str) -> Stream:

@@ -45,16 +45,10 @@ class Writer:
     """Owns the writer lock, the streams' staging and the encoding threads."""
 
     def __init__(self, layout: Layout, *, flush_interval_s: float | None, segment_bytes: int):
-        if segment_bytes < SEGMENT_BYTES_MIN:
-            raise StoreError(f"segment_bytes={segment_bytes}: use at least {SEGMENT_BYTES_MIN}")
-        if flush_interval_s is not None and not 0 <= flush_interval_s <= _FLUSH_INTERVAL_S_MAX:
-            raise StoreError(
-                f"flush_interval_s={flush_interval_s}: use 0 to {_FLUSH_INTERVAL_S_MAX:.0f} "
-                "seconds, or None where only flush() is to commit"
-            )
         self._layout = layout
         self._generation = environment.generation
         self._closed = False
+        self._marks: dict[str, Any] = {}  # appended with rows that are still staged
         self._lock = WriterLock(layout)
         try:
             if not layout.exists():
@@ -94,7 +88,7 @@ class Writer:
             elif stream.info.schema == schema:
                 return stream
             else:
-                self._seal(stream)
+                self._seal_for(stream)
                 stream.info = _extended(stream.info, schema)
                 stream.staging = Staging(schema)
             self._committer.put(Queued(define=stream.info))
@@ -113,9 +107,10 @@ class Writer:
         With copy=False the caller promises never to change the arrays again.
         """
         committer = self._committer
+        if self._generation != environment.generation:
+            self.check_usable()  # before the lock, which may be held for ever in a child
         with committer.lock:
-            refused = committer.error or committer.is_full or self._closed
-            if refused or self._generation != environment.generation:
+            if committer.error or committer.is_full or self._closed:
                 self.check_usable()
                 committer.raise_error()
                 committer.check_size(0, joined=False)
@@ -128,6 +123,7 @@ class Writer:
         schema, columns = _columns(stream.info, batch)
         size = size_of(columns)
         with committer.lock:
+            self.check_usable()
             committer.check_size(size, joined=bool(checked))
             # Decided and done under one lock: another thread may add fields in between.
             if size < SMALL_BYTES and schema is stream.info.schema:
@@ -144,23 +140,20 @@ class Writer:
         *,
         copy: bool,
     ) -> None:
-        """Stage a few rows; the committer's lock is held."""
+        """Stage a few rows, and marks with them; the committer's lock is held."""
         if size:
             stream.staging.add(columns, size, copy=copy)
-        if marks:
             self._committer.staged_bytes += size
-            self._seal_all(joined=True)
-            self._committer.put(Queued(marks=marks))
-        elif size:
-            self._committer.staged_bytes += size
+        self._marks.update(marks)
+        if size or marks:
             self._note_staged(stream)
 
     def _note_staged(self, stream: StreamWriter) -> None:
         if stream.staging.bytes >= STAGED_BYTES_MAX:
-            self._seal(stream)
-            self._committer.wait_for_room()
+            self._seal_for(stream)
         else:
             self._committer.note_rows()
+        self._committer.wait_for_room()
 
     def _append_large(
         self,
@@ -178,7 +171,8 @@ class Writer:
         else:
             items = [self._encoding(stream.info, schema, part) for part in parts]
         with self._committer.lock:
-            self._seal_all() if marks else self._seal(stream)
+            self.check_usable()
+            self._seal_all() if marks else self._seal_for(stream)
             for item in items:
                 item.joined = bool(marks)
                 self._committer.put(item)
@@ -191,6 +185,7 @@ class Writer:
         self.check_usable()
         checked = _checked(marks)
         with self._committer.lock:
+            self.check_usable()
             self._seal_all()
             if checked:
                 self._committer.put(Queued(marks=checked))
@@ -203,7 +198,8 @@ class Writer:
         try:
             self.flush()
         finally:
-            self._closed = True
+            with self._committer.lock:  # an append is either before, and committed, or refused
+                self._closed = True
             self._committer.close()
             self._pool.shutdown()
             self._lock.release()
@@ -217,20 +213,36 @@ class Writer:
                 f"{self._layout.path}: opened before this process was forked; open it again here"
             )
 
-    def _seal_all(self, *, joined: bool = False) -> None:
-        for stream in self._streams.values():
-            self._seal(stream, joined=joined)
+    def _seal_for(self, stream: StreamWriter) -> None:
+        """Queue a stream's staged rows; all rows and the marks, where marks wait with them."""
+        if self._marks:
+            self._seal_all()
+        else:
+            self._seal(stream, joined=False)
 
-    def _seal(self, stream: StreamWriter, *, joined: bool = False) -> None:
+    def _seal_all(self) -> None:
+        """Queue all staged rows, and what marks came with them, for one transaction."""
+        for stream in self._streams.values():
+            self._seal(stream, joined=bool(self._marks))
+        if self._marks:
+            self._committer.put(Queued(marks=self._marks))
+            self._marks = {}
+
+    def _seal(self, stream: StreamWriter, *, joined: bool) -> None:
         """Queue a stream's staged rows; the committer's lock is held."""
         if not stream.staging.bytes:
             return
         schema = stream.info.schema
         size = stream.staging.bytes
         columns = stream.staging.take()
+        try:
+            parts = list(cut(columns, schema.number(schema.time)))
+            items = [self._encoding(stream.info, schema, part) for part in parts]
+        except BaseException:  # out of memory: the rows stay staged
+            stream.staging.add(columns, size, copy=False)
+            raise
         self._committer.staged_bytes -= size
-        for part in cut(columns, schema.number(schema.time)):
-            item = self._encoding(stream.info, schema, part)
+        for item in items:
             item.joined = joined
             self._committer.put(item)
 
@@ -269,6 +281,17 @@ def _blocks(columns: list[Array], fields: Sequence[Field], *, copy: bool) -> lis
         codec.encode(column, field, copy=copy)
         for column, field in zip(columns, fields, strict=True)
     ]
+
+
+def check_options(flush_interval_s: float | None, segment_bytes: int) -> None:
+    """StoreError where a writer's option is out of bounds; before anything is made."""
+    if segment_bytes < SEGMENT_BYTES_MIN:
+        raise StoreError(f"segment_bytes={segment_bytes}: use at least {SEGMENT_BYTES_MIN}")
+    if flush_interval_s is not None and not 0 <= flush_interval_s <= _FLUSH_INTERVAL_S_MAX:
+        raise StoreError(
+            f"flush_interval_s={flush_interval_s}: use 0 to {_FLUSH_INTERVAL_S_MAX:.0f} "
+            "seconds, or None where only flush() is to commit"
+        )
 
 
 def _item(info: StreamInfo, schema: Schema, columns: list[Array]) -> Queued:

@@ -1,7 +1,8 @@
 """What the tests of the store share: a full check of a store, and child processes.
 
 `check_store` is to the tests what `verify` is to users: it reads every row of every stream with
-its checksums and holds them against what the store says of itself.
+its checksums and holds them against what the store says of itself. Not a test module: pytest
+finds it beside those that import it.
 """
 
 from __future__ import annotations
@@ -96,3 +97,26 @@ def run(code: str, *args: object, **options: object) -> str:
         out, _ = child.communicate(timeout=120)
     assert child.returncode == 0, f"exit {child.returncode}: {out}"
     return out
+
+
+# ---- numbered batches: one time each, `v` numbers the rows through ----
+
+BATCH_ROWS = 50
+
+
+def append_batches(store, numbers):
+    for batch in numbers:
+        rows = np.arange(batch * BATCH_ROWS, (batch + 1) * BATCH_ROWS)
+        noise = np.random.default_rng(batch).integers(0, 2**62, (BATCH_ROWS, 10))
+        times = np.full(BATCH_ROWS, float(batch))
+        store.stream("s").append({"time": times, "v": rows, "noise": noise})
+        store.flush()
+
+
+def rows_of(stream, **options):
+    """All rows' numbers; whole batches, in order, nothing twice."""
+    found = [batch["v"] for batch in stream.read(fields=["v"], **options)]
+    rows = np.concatenate([np.zeros(0, int), *found])
+    assert len(rows) % BATCH_ROWS == 0
+    assert np.array_equal(rows, np.arange(len(rows)))
+    return len(rows)

@@ -174,6 +174,22 @@ def test_a_flipped_bit_in_the_meta_table_is_named(path):
     assert read_rest(path) == (list(range(BATCHES)), [])
 
 
+@pytest.mark.parametrize("what", ["lost", "renamed"])
+def test_a_missing_meta_record_is_noticed(path, what):
+    """Keys have no checksum: under another one, a sealed segment was quietly forgotten."""
+    key = b"sealed:" + (3).to_bytes(8, "big")
+    with (
+        lmdb.open(str(segments(path)[-1]), subdir=False, lock=False, max_dbs=len(TABLES)) as env,
+        env.begin(write=True, db=env.open_db(b"meta", create=False)) as txn,
+    ):
+        record = txn.pop(key)
+        if what == "renamed":
+            txn.put(b"seeled:" + key[7:], record)
+    for mode in ("r", "w"):
+        with pytest.raises(DamageError, match="batches of stream 's', expected 12"):
+            list(kvstore.open(path, mode)["s"].read())
+
+
 def test_a_damaged_identity_file_is_named(path):
     for place in range((path / "store.msgpack").stat().st_size):
         flip(path / "store.msgpack", place)
@@ -269,6 +285,19 @@ def test_a_broken_active_segment_is_refused(path, name):
         with pytest.raises(StoreFormatError, match=message):
             kvstore.open(path, mode)
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("page_bytes", [0, 1, 255, 4095, 1 << 17, 1 << 31])
+def test_a_page_size_that_cannot_be_is_refused(path, page_bytes):
+    """LMDB divides by it."""
+    for file in (segments(path)[-1], segments(path)[2]):
+        data = bytearray(file.read_bytes())
+        for meta_page in (0, 4096):
+            data[meta_page + 40 : meta_page + 44] = page_bytes.to_bytes(4, "little")
+        file.write_bytes(data)
+    for mode in ("r", "w"):
+        with pytest.raises(StoreFormatError, match=r"no LMDB 0\.9 file"):
+            kvstore.open(path, mode)
 
 
 def test_an_unreadable_segments_folder_is_named(path):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # below the command line imports the public names, everything goes to the module that owns them.
 FLOORS = (
     ("errors", "timestamps"),
-    ("schema", "codec", "libc"),
+    ("schema", "lossless", "codec", "libc"),
     ("environment",),
     ("pickled", "pickle_machine", "unpickle", "packets", "generate"),
     ("segment",),

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 import threading
 import time
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +16,7 @@ from kvstore import (
     NoFillError,
     Schema,
     SchemaError,
-    StoreClosed,
     StoreError,
-    StoreFormatError,
-    StoreNotFound,
     StreamNotFound,
     TimeError,
     commit,
@@ -120,6 +114,49 @@ def test_times_as_users_give_them(writer):
         stream.read(1771342359)
     with pytest.raises(TimeError):
         stream.count("yesterday")
+
+
+@pytest.mark.parametrize("time_dtype", ["f8", "i8", "M8[ms]"])
+def test_every_end_at_and_next_to_every_row(writer, time_dtype):
+    """Against a comparison of the stored values; batches overlap, and times are equal."""
+    times = np.array([-7, -7, 0, 3, 4, 4, 4, 9, 1771342357, 1771342358], "i8")
+    if time_dtype == "f8":
+        times = times / 10
+        ends = np.concatenate([np.nextafter(times, -np.inf), times, np.nextafter(times, np.inf)])
+    else:
+        ends = np.concatenate([times - 1, times, times + 1]).view(time_dtype)
+    times = times.view(time_dtype)
+    for part in ([0, 4, 7], [1, 2, 3, 8], [5], [6, 9]):
+        writer.stream("s").append({"time": times[part], "v": np.array(part)})
+        writer.flush()
+    unit = "ns" if time_dtype == "i8" else None
+    for start in np.unique(ends):
+        for stop in np.unique(ends):
+            for inclusive in ("both", "left"):
+                inside = (times >= start) & (times < stop)
+                if inclusive == "both":
+                    inside = (times >= start) & (times <= stop)
+                options = {"unit": unit, "inclusive": inclusive}
+                found = values(writer["s"].read(start, stop, **options))
+                assert sorted(found) == np.flatnonzero(inside).tolist(), (start, stop, inclusive)
+                assert writer["s"].count(start, stop, **options) == len(found)
+
+
+def test_rows_closer_than_a_nanosecond_are_merged_in_order(writer):
+    """Their batches share a key's time, and so come in the order of their arrival."""
+    for number, times in enumerate(([0.0, 2e-10], [3e-10], [1e-10], [-1e-10])):
+        writer.stream("s").append({"time": times, "v": [number] * len(times)})
+        writer.flush()
+    assert values(writer["s"].read(ordered=True)) == [3, 0, 2, 0, 1]
+    assert values([writer["s"].first(), writer["s"].last()]) == [3, 1]
+
+
+def test_a_read_is_a_snapshot_of_when_it_began(writer, rows):
+    before, ordered = rows.read(), rows.read(ordered=True)
+    rows.append({"time": [0.0, 2.0, 9.0], "v": [7, 8, 9]})
+    writer.flush()
+    assert values(before) == values(ordered) == [0, 1, 2, 3]
+    assert sorted(values(rows.read())) == [0, 1, 2, 3, 7, 8, 9]
 
 
 def test_one_row_batches_of_scalars(writer):
@@ -284,18 +321,25 @@ def test_marks_are_copied(path):
         assert store.marks == {"offsets": [1, 2]}
 
 
-@pytest.mark.parametrize("rows_each", [1, 5, 100_000])
-def test_marks_and_rows_of_an_append_are_one_commit(path, rows_each):
-    """A reader that looks all the time never sees one without the other."""
-    with kvstore.open(path, "w", flush_interval_s=0) as store, kvstore.open(path) as reader:
+@pytest.mark.parametrize("rows_each", [1, 5, 100_000, 400_000])
+def test_marks_and_rows_of_an_append_are_one_commit(path, monkeypatch, rows_each):
+    """No commit shows one without the other, however many batches the rows are."""
+    monkeypatch.setattr(commit, "GROUP_BYTES", 1 << 20)
+    real, shown = segment.Segment.commit, []
+
+    def committed(self, *args):
+        real(self, *args)
+        state = self.state()
+        shown.append((state.stream_totals(1).rows, state.marks.get("rows", 0)))
+
+    monkeypatch.setattr(segment.Segment, "commit", committed)
+    with kvstore.open(path, "w", flush_interval_s=0) as store:
         batch = {"time": np.zeros(rows_each), "v": np.zeros((rows_each, 2))}
-        stream = store.stream("s")
-        for number in range(60 if rows_each < 1000 else 8):
-            stream.append(batch, marks={"rows": (number + 1) * rows_each})
-            for _ in range(5):
-                state = reader.state()
-                found = sum(totals.rows for totals in state.totals.values())
-                assert found == state.marks.get("rows", 0)
+        count = 60 if rows_each < 1000 else 4
+        for number in range(count):
+            store.stream("s").append(batch, marks={"rows": (number + 1) * rows_each})
+    assert shown[-1] == (count * rows_each, count * rows_each)
+    assert [rows for rows, _ in shown] == [marked for _, marked in shown]
 
 
 # ---- when rows become visible ----
@@ -380,170 +424,3 @@ def test_options_have_bounds(path, options, more):
         kvstore.open(path, "w", **{**options, **more})
     with pytest.raises(StoreError, match="'r' to read"):
         kvstore.open(path, "a")
-
-
-# ---- handles ----
-
-
-def test_no_store_is_made_by_reading(path):
-    with pytest.raises(StoreNotFound, match="no store here") as caught:
-        kvstore.open(path)
-    assert isinstance(caught.value, FileNotFoundError)
-    assert not path.exists()
-
-
-def test_a_folder_of_something_else_is_left_alone(path):
-    path.mkdir()
-    (path / "thesis.tex").write_text("")
-    with pytest.raises(StoreFormatError, match=r"thesis\.tex"):
-        kvstore.open(path, "w")
-    with pytest.raises(StoreNotFound):
-        kvstore.open(path)
-    assert os.listdir(path) == ["thesis.tex"]
-
-
-def test_paths_that_cannot_be_a_store(path):
-    with pytest.raises(StoreError, match="No such file"):
-        kvstore.open(path / "deeper", "w")
-    path.write_text("a file")
-    with pytest.raises(StoreError, match="Not a directory"):
-        kvstore.open(path, "w")
-    with pytest.raises(StoreNotFound):
-        kvstore.open(path)
-    path.unlink()
-
-
-def test_a_closed_handle_says_so(path):
-    store = kvstore.open(path, "w")
-    stream = store.stream("s")
-    stream.append(ROWS)
-    store.flush()
-    batches = stream.read()
-    store.close()
-    store.close()
-    uses = [
-        store.flush, store.info, store.state, store.writer, lambda: store.marks,
-        lambda: store.stream("s").append(ROWS), lambda: store["s"], lambda: list(store),
-        lambda: stream.append(ROWS), stream.read, stream.count, stream.first, stream.last,
-        stream.span, lambda: len(stream), lambda: stream.schema, lambda: next(batches),
-        lambda: stream.add_fields(Field("x", "f8")),
-    ]  # fmt: skip
-    for use in uses:
-        with pytest.raises(StoreClosed, match="was closed"):
-            use()
-
-
-def test_a_reading_handle_does_not_write(path, writer, rows):
-    with kvstore.open(path) as store:
-        for use in (
-            store.flush,
-            lambda: store["s"].append(ROWS),
-            lambda: store.stream("s").append(ROWS),
-            lambda: store["s"].add_fields(Field("x", "f8")),
-        ):
-            with pytest.raises(StoreError, match="opened for reading"):
-                use()
-        with pytest.raises(StreamNotFound):
-            store.stream("other")
-
-
-def test_handles_pickle_as_their_path(path, writer, rows, monkeypatch):
-    monkeypatch.chdir(path.parent)
-    relative = kvstore.open(path.name)
-    data = [pickle.dumps(each) for each in (writer, rows, relative, relative["s"])]
-    relative.close()
-    monkeypatch.chdir("/")
-    for store in (pickle.loads(data[0]), pickle.loads(data[2])):
-        assert store.mode == "r"
-        assert len(store["s"]) == 4
-        store.close()
-    for stream in (pickle.loads(data[1]), pickle.loads(data[3])):
-        assert values(stream.read()) == [0, 1, 2, 3]
-
-
-def test_reads_that_are_broken_off_leave_nothing_open(path):
-    with kvstore.open(path, "w", segment_bytes=64 << 10) as store:
-        for start in range(5):
-            noise = np.random.default_rng(start).random((1000, 10))
-            store.stream("s").append({"time": np.arange(1000.0) + start, "v": noise})
-            store.flush()
-        assert store.info().segments > 3
-    with kvstore.open(path) as store:
-        held = [store["s"].read() for _ in range(3)]
-        for batches in held:
-            next(batches)
-            next(batches)
-        for _ in store["s"].read(ordered=True):
-            break
-        with suppress(ZeroDivisionError):
-            for batch in store["s"].read():
-                len(batch) / 0
-    del held, batches, batch
-    assert not [name for name in open_files() if name.startswith(str(path))]
-
-
-def open_files():
-    names = []
-    for fd in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):
-            names.append(str(fd.readlink()))
-    return names
-
-
-def test_a_store_that_is_only_dropped_is_closed_and_committed(path):
-    kvstore.open(path, "w", flush_interval_s=None).stream("s").append(ROWS)
-    with kvstore.open(path) as store:
-        assert len(store["s"]) == 4
-
-
-def test_a_store_without_its_identity_file_keeps_its_rows(path, writer, rows):
-    """Opening it for writing once began the store anew, over the rows."""
-    writer.close()
-    (path / "store.msgpack").unlink()
-    with pytest.raises(StoreNotFound):
-        kvstore.open(path)
-    with kvstore.open(path, "w") as store:
-        assert store.info().store_id == writer._store_id.hex()
-        assert len(store["s"]) == 4
-
-
-# ---- threads ----
-
-
-def test_appends_from_many_threads(path):
-    """Nothing lost or doubled, and each thread's rows in its own order."""
-
-    def append(thread):
-        stream = store.stream("s")
-        for number in range(400):
-            width = 40_000 if number % 100 == 50 else number % 7
-            times = np.full(width, 1.0)
-            stream.append({"time": times, "v": np.full(width, thread * 1000 + number)})
-            stream.append({"time": 1.0, "v": thread * 1000 + number})
-
-    with kvstore.open(path, "w", flush_interval_s=0.01, segment_bytes=1 << 20) as store:
-        store.stream("s").append({"time": [0.5], "v": [-1]})
-        threads = [threading.Thread(target=append, args=(n,)) for n in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    with kvstore.open(path) as store:
-        found = np.array(values(store["s"].read(1.0, 1.0, ordered=True)))
-        for thread in range(4):
-            mine = found[found // 1000 == thread] - thread * 1000
-            expected = [
-                number
-                for number in range(400)
-                for _ in range((40_000 if number % 100 == 50 else number % 7) + 1)
-            ]
-            assert mine.tolist() == expected
-
-
-def test_relative_paths_and_text_paths(path, monkeypatch):
-    monkeypatch.chdir(path.parent)
-    with kvstore.open("run.kv", "w") as store:
-        store.stream("s").append(ROWS)
-        store.flush()
-        with kvstore.open(Path("run.kv")) as reader:
-            assert len(reader["s"]) == 4

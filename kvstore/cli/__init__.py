@@ -7,7 +7,7 @@ Data goes to stdout, everything else to stderr. Exit codes: 0 fine, 1 failed, 2 
 from __future__ import annotations
 
 import signal
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Final
 
 import typer
@@ -54,7 +54,10 @@ app.command(epilog=_examples("kvstore info run.kv", "kvstore info run.kv --json"
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print("kvstore", version("kvstore"))
+        try:
+            print("kvstore", version("kvstore"))
+        except PackageNotFoundError:
+            print("kvstore, run from its source")
         raise typer.Exit
 
 

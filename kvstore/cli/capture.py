@@ -204,8 +204,7 @@ class _Intake:
             for path in inputs:
                 self._prefix = f"{path}: " if len(inputs) > 1 else ""
                 if not self._take(store, path, stop):
-                    say("Stopped by a signal; everything received is stored.")
-                    break
+                    return self._stopped(path)
         except PacketError as error:
             complain(f"{self._prefix}{error}. What came before it is stored.")
             return LOSS if self._progress.ended else FAILED
@@ -226,6 +225,16 @@ class _Intake:
                 on_error=self._on_error,
                 progress=self._progress,
             )
+
+    def _stopped(self, path: Path) -> int:
+        say("Stopped by a signal; all whole packets received are stored.")
+        if path != STDIN:
+            complain(f"{path}: not read to its end")
+        elif self._progress.unfinished_bytes:
+            complain(f"{self._progress.unfinished_bytes} bytes of an unfinished packet were lost")
+        else:
+            return LOSS if self._progress.skipped else 0
+        return LOSS
 
     def _skip(self, error: PacketError) -> None:
         if self._progress.skipped <= _SKIPS_SHOWN:

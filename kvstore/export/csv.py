@@ -34,7 +34,7 @@ def write(batches: Iterable[Batch], fields: Sequence[Field], file: BinaryIO) -> 
 def _text(lines: Iterable[list[Any]], quoting: Literal[0, 2]) -> bytes:
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n", quoting=quoting).writerows(lines)
-    return text.getvalue().encode()
+    return text.getvalue().encode("utf-8", "surrogatepass")
 
 
 def _columns(field: Field) -> list[str]:
