@@ -36,7 +36,6 @@ PROBE_MIN_BYTES: Final = 1 << 16  # below this, compressing costs less than prob
 PROBE_BYTES: Final = 1 << 14  # of each probed piece: enough for LZ4's window to find repeats
 PROBE_PIECES: Final = 3  # start, middle, end: a batch may be half empty
 RAW_RATIO: Final = 1.03  # a saving below 3 % is not worth decompressing for
-CHECK_BYTES: Final = 1 << 18  # checksum and copy in pieces that stay in the L2 cache
 SMALL_BYTES: Final = 64  # Blosc's own header and bookkeeping take 16 of them
 
 
@@ -134,21 +133,8 @@ def _check(data: memoryview, expected: int, *, verify: bool) -> None:
 def _copy_checked(data: memoryview, out: Array, expected: int, *, verify: bool) -> None:
     if len(data) != out.nbytes:
         raise DamageError(f"block has {len(data)} bytes, expected {out.nbytes}")
-    target, source = _flat_bytes(out), np.frombuffer(data, np.uint8)
-    if not verify:
-        np.copyto(target, source)
-        return
-    digest = xxhash.xxh3_64()
-    for start in range(0, len(source), CHECK_BYTES):
-        piece = target[start : start + CHECK_BYTES]
-        np.copyto(piece, source[start : start + CHECK_BYTES])
-        digest.update(piece.data)
-    if digest.intdigest() != expected:
-        raise DamageError(f"checksum is {digest.intdigest():016x}, stored was {expected:016x}")
-
-
-def _flat_bytes(array: Array) -> Array:
-    return array.reshape(-1).view(np.uint8)
+    _check(data, expected, verify=verify)
+    np.copyto(out.reshape(-1).view(np.uint8), np.frombuffer(data, np.uint8))
 
 
 def _decompress(data: memoryview, out: Array) -> None:

@@ -177,7 +177,10 @@ class Environment:
             self._leave()
 
     def last_commit(self) -> int:
-        """Number of the last commit, LMDB's transaction id; cheap, needs no transaction."""
+        """Number of the last commit, LMDB's transaction id; cheap, needs no transaction.
+
+        While a commit waits for the disk, it is counted here and not yet shown to readers.
+        """
         return self._info("last_txnid")
 
     def used_bytes(self) -> int:

@@ -28,6 +28,7 @@ _IDENTITY: Final = "store.msgpack"
 _LOCK: Final = "writer.lock"
 _SEGMENTS: Final = "segments"
 _SEGMENT_NAME: Final = re.compile(r"[0-9]{8,}\.mdb")
+_LOCK_BYTES: Final = 64  # more than the two numbers in it
 _LOCK_TRIES: Final = 25  # a reader's probe holds the lock for microseconds: 0.5 s is ample
 _LOCK_WAIT_S: Final = 0.02
 
@@ -38,6 +39,7 @@ class Layout:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.segments = self.path / _SEGMENTS
+        self._lock_path = str(self.path / _LOCK)
 
     def segment_path(self, number: int) -> Path:
         """Where a segment's file is."""
@@ -149,9 +151,13 @@ class Layout:
     def writer(self) -> bytes:
         """What the writer lock says: changes whenever a writer starts; cheap."""
         try:
-            return (self.path / _LOCK).read_bytes()
+            fd = os.open(self._lock_path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return b""
+        try:
+            return os.read(fd, _LOCK_BYTES)
+        finally:
+            os.close(fd)
 
     def is_shared(self, number: int) -> bool:
         """Whether a writer has the active segment open now, or may have."""

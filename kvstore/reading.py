@@ -237,14 +237,14 @@ def _fetch(
         inside = scan.range.rows(scan.times(segment, entry, verify=verify))
         if inside.start == inside.stop:
             return None
-    there = [(number, fields[number]) for number in numbers if number < len(entry.blocks)]
-    found = dict(zip(there, segment.fetch(entry, there, verify=verify), strict=True))
-    return [
-        found[number, fields[number]][inside]
-        if number < len(entry.blocks)
-        else fields[number].filled(entry.rows)[inside]
+    there = [number for number in numbers if number < len(entry.blocks)]
+    wanted = [(number, fields[number]) for number in there]
+    found = dict(zip(there, segment.fetch(entry, wanted, verify=verify), strict=True))
+    columns = [
+        found[number] if number in found else fields[number].filled(entry.rows)
         for number in numbers
     ]
+    return columns if inside == slice(None) else [column[inside] for column in columns]
 
 
 def _merged(

@@ -100,6 +100,7 @@ class State:
     store_id: bytes
     number: int
     created_ns: int
+    commit: int = 0  # LMDB's transaction id of what was read; not stored
     last_commit_ns: int = 0
     streams: dict[str, StreamInfo] = field(default_factory=dict)
     totals: dict[int, Totals] = field(default_factory=dict)
@@ -226,7 +227,7 @@ class Segment:
         """The whole meta table as of the last commit."""
         with self.environment.read() as txn:
             _, store_id, number, created_ns = _identity(self.environment, txn)
-            state = State(store_id, number, created_ns)
+            state = State(store_id, number, created_ns, txn.id())
             with txn.cursor(self.environment.meta) as cursor:
                 for key, value in cursor:
                     what = f"{self.environment.path}: meta record {bytes(key)!r}"

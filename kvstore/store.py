@@ -108,7 +108,6 @@ class Store:
         self._shut = weakref.finalize(self, _shut, writer, self._segments)
         self._active = self._keep(self._open_active(layout.active()))
         self._state: State | None = None
-        self._seen_commit = -1
 
     @property
     def path(self) -> str:
@@ -218,8 +217,8 @@ class Store:
                 self._active = self._keep(self._open_active(self._active.number + 1))
                 self._state = None
             commit = self._active.environment.last_commit()
-            if self._state is None or commit != self._seen_commit:
-                self._state, self._seen_commit = self._active.state(), commit
+            if self._state is None or commit != self._state.commit:
+                self._state = self._active.state()
             return self._state
 
     def open_segment(self, number: int) -> Segment:

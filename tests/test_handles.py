@@ -19,6 +19,7 @@ from kvstore import (
     StoreFormatError,
     StoreNotFound,
     StreamNotFound,
+    environment,
 )
 
 ROWS = {"time": np.array([1.0, 2.0, 2.0, 3.0]), "v": np.arange(4)}
@@ -163,6 +164,18 @@ def test_a_store_without_its_identity_file_keeps_its_rows(path, writer, rows):
     with kvstore.open(path, "w") as store:
         assert store.info().store_id == writer._store_id.hex()
         assert len(store["s"]) == 4
+
+
+def test_a_look_while_a_commit_waits_for_the_disk_is_not_the_last(path, writer, rows, monkeypatch):
+    """Its number shows before its rows do: remembered together, the rows stayed unseen."""
+    with kvstore.open(path) as reader:
+        with monkeypatch.context() as patch:
+            real = environment.Environment.last_commit
+            patch.setattr(environment.Environment, "last_commit", lambda self: real(self) + 1)
+            assert len(reader["s"]) == 4
+        rows.append(ROWS)
+        writer.flush()
+        assert len(reader["s"]) == 8
 
 
 # ---- threads ----
