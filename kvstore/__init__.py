@@ -23,6 +23,7 @@ from kvstore.errors import (
     StreamNotFound,
     TimeError,
 )
+from kvstore.libc import keep_freed_memory
 from kvstore.schema import Field, Schema
 from kvstore.store import Store, StoreInfo, Stream, StreamStats
 from kvstore.store import open_store as open  # noqa: A004  # as in gzip.open: read kvstore.open
@@ -47,5 +48,6 @@ __all__ = [
     "StreamNotFound",
     "StreamStats",
     "TimeError",
+    "keep_freed_memory",
     "open",
 ]
