@@ -9,8 +9,10 @@ with kvstore.open("run.kv") as store:
 """
 
 from kvstore.errors import (
+    CursorError,
     DamageError,
     DiskFull,
+    GapError,
     KvstoreError,
     NoFillError,
     PacketError,
@@ -23,14 +25,20 @@ from kvstore.errors import (
     StreamNotFound,
     TimeError,
 )
+from kvstore.follow import Cursor, CursorFile, Followed
 from kvstore.schema import Field, Schema
 from kvstore.store import Store, StoreInfo, Stream, StreamStats
 from kvstore.store import open_store as open  # noqa: A004  # as in gzip.open: read kvstore.open
 
 __all__ = [
+    "Cursor",
+    "CursorError",
+    "CursorFile",
     "DamageError",
     "DiskFull",
     "Field",
+    "Followed",
+    "GapError",
     "KvstoreError",
     "NoFillError",
     "PacketError",
