@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 import typer
 
-from kvstore.cli import capture, query, stats
+from kvstore.cli import capture, export, query, stats
 from kvstore.cli.terminal import FAILED, complain, open_standard_files
 from kvstore.errors import KvstoreError
 
@@ -49,6 +49,16 @@ app.command(
         "kvstore read run.kv --fields timestamps,spectral --limit 1000 -o spectra.npz",
     )
 )(query.read)
+app.command(
+    epilog=_examples(
+        "kvstore export run.kv -o run.parquet",
+        "kvstore export run.kv -o minute.h5 --start 2026-02-17T15:32 --stop 2026-02-17T15:33",
+        "kvstore export run.kv -o spectra.npy --fields spectral --last 10s",
+    )
+)(export.export)
+app.command(
+    "import", epilog=_examples("kvstore import run.kv run.parquet log.csv --time-field when")
+)(export.import_)
 app.command(epilog=_examples("kvstore info run.kv", "kvstore info run.kv --json"))(stats.info)
 
 
