@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 import typer
 
-from kvstore.cli import capture, export, query, stats
+from kvstore.cli import capture, export, query, replay, stats
 from kvstore.cli.terminal import FAILED, complain, open_standard_files
 from kvstore.errors import KvstoreError
 
@@ -49,6 +49,12 @@ app.command(
         "kvstore read run.kv --fields timestamps,spectral --limit 1000 -o spectra.npz",
     )
 )(query.read)
+app.command(
+    epilog=_examples(
+        "kvstore replay run.kv --speed 10 | kvstore write copy.kv",
+        "kvstore replay run.kv --start 2026-02-17T15:32:37 --loop | my-analysis",
+    )
+)(replay.replay)
 app.command(
     epilog=_examples(
         "kvstore export run.kv -o run.parquet",

@@ -15,13 +15,12 @@ import typer
 
 from kvstore import libc
 from kvstore import store as stores
-from kvstore.cli.capture import write_parts
+from kvstore.cli.follow import Begin, Following, send_packets
 from kvstore.cli.options import STDIN, duration_ns, epoch_seconds, time_text
 from kvstore.cli.terminal import LOSS, complain, progress_bar, quiet_if_closed
-from kvstore.errors import DamageError, KvstoreError, PacketError
+from kvstore.errors import DamageError, KvstoreError
 from kvstore.export import csv, jsonl, npz
 from kvstore.ingest import PARTICLES
-from kvstore.packets import encode
 from kvstore.reading import limited
 from kvstore.schema import Batch, Field
 from kvstore.timestamps import format_time, subtract, to_time
@@ -126,6 +125,26 @@ def read(
             "-o", "--output", metavar="FILE", help="File to write, complete or not at all."
         ),
     ] = None,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow", help="Every committed batch in commit order, and those to come, to stdout."
+        ),
+    ] = False,
+    cursor_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --follow: where to keep how far it got, and to go on from. After a kill "
+            "the last moments come again.",
+        ),
+    ] = None,
+    from_: Annotated[
+        Begin,
+        typer.Option(
+            "--from", help="With --follow, where to begin if there is no cursor file yet."
+        ),
+    ] = "start",
 ) -> None:
     """Read the rows of a time range, both ends included.
 
@@ -133,6 +152,15 @@ def read(
     code 3 says that damaged batches had to be left out.
     """
     check_range(start, stop, last)
+    if follow:
+        _check_follow(start, stop, last, limit, count, ordered, output)
+        following = Following(
+            path, lambda store: stream_name(store, stream), _names(fields), cursor_file, from_
+        )
+        _follow(following, format_ or "packets")
+        return
+    if cursor_file or from_ != "start":
+        raise typer.BadParameter("--cursor-file and --from go with --follow")
     if count and (limit or format_ or output):
         raise typer.BadParameter("--count goes without --limit, --format and --output")
     format_ = format_ or _default_format(output)
@@ -142,8 +170,7 @@ def read(
     libc.keep_freed_memory()
     with stores.open_store(path) as store:
         target = store[stream_name(store, stream)]
-        names = [name.strip() for name in fields.split(",")] if fields is not None else None
-        reading = Reading(target, start, stop, names, limit, ordered)
+        reading = Reading(target, start, stop, _names(fields), limit, ordered)
         reading.selected()  # an unknown field is found before an output file is begun
         if last is not None:
             reading.start = start_of_last(target, last)
@@ -155,6 +182,31 @@ def read(
             else:
                 _send(reading, format_, output, quietly=to_terminal)
     if reading.damaged:
+        raise typer.Exit(LOSS)
+
+
+def _names(fields: str | None) -> list[str] | None:
+    return None if fields is None else [name.strip() for name in fields.split(",")]
+
+
+def _check_follow(*others: object) -> None:
+    if any(others):
+        raise typer.BadParameter(
+            "--follow goes with --stream, --fields, --format, --cursor-file and --from only: it "
+            "sends all that was committed, in that order, to stdout"
+        )
+
+
+def _follow(following: Following, format_: Format) -> None:
+    sends = {"packets": send_packets, "csv": csv.write, "jsonl": jsonl.write}
+    if format_ not in sends:
+        raise typer.BadParameter(f"--follow has no end, and {format_} needs one: use jsonl or csv")
+    if format_ == "packets" and sys.stdout.isatty():
+        raise typer.BadParameter("packets are binary: pipe them, or use --format jsonl")
+    libc.keep_freed_memory()
+    with quiet_if_closed():
+        following.send(sends[format_])
+    if following.losses:
         raise typer.Exit(LOSS)
 
 
@@ -201,20 +253,9 @@ def start_of_last(stream: stores.Stream, last_ns: int) -> Any:
 def _send(reading: Reading, format_: Format, output: Path | None, *, quietly: bool) -> None:
     with row_progress(reading, wanted=not quietly), _opened(output) as file:
         if format_ == "packets":
-            _send_packets(reading, file)
+            send_packets(reading.batches(), reading.selected(), file)
         else:
             _EXPORTS[format_](reading.batches(), reading.selected(), file)
-
-
-def _send_packets(reading: Reading, file: BinaryIO) -> None:
-    fd = file.fileno()
-    libc.enlarge_pipe(fd)
-    for batch in reading.batches():
-        try:
-            parts = encode(batch)
-        except PacketError as error:  # its packet number and offset are those of an input
-            raise KvstoreError(error.reason) from error
-        write_parts(fd, parts)
 
 
 def row_progress(reading: Reading, *, wanted: bool) -> Any:
