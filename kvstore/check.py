@@ -135,7 +135,9 @@ class SegmentCheck:
             self._items(b"index", BATCH_KEY_BYTES), self._items(b"blocks", _BLOCK_KEY_BYTES),
             key=lambda item: item[0],
         )  # fmt: skip
-        key, entry, blocks = b"", None, {}
+        key: bytes = b""
+        entry: Entry | None = None
+        blocks: dict[int, bytes] = {}
         for each, value in both:
             if each[:BATCH_KEY_BYTES] != key or len(each) == BATCH_KEY_BYTES:
                 self._check_batch(entry, blocks)
@@ -293,7 +295,8 @@ class SegmentCheck:
             dtype = info.schema.time_dtype
             ends = [format_time(typed_time(t, dtype), dtype) for t in (entry.first, entry.last)]
         rows = entry.rows if rows is None else rows
-        self._report(Damage(self._number, what, self._name(stream_id), field, *ends, rows))
+        start, stop = ends
+        self._report(Damage(self._number, what, self._name(stream_id), field, start, stop, rows))
 
     def _name(self, stream_id: int) -> str:
         info = self._infos.get(stream_id)

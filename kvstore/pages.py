@@ -31,9 +31,10 @@ _HEADER_BYTES: Final = 16
 _MAGIC: Final = 0xBEEFC0DE
 _BRANCH, _LEAF, _LARGE, _META_FLAG = 1, 2, 4, 8
 _IN_OVERFLOW, _IS_TABLE = 1, 2
-_INTEGER_KEYS: Final = 8
+_FREE_FLAGS: Final = 0x4008  # integer keys; and, kept in the same place, one file without folder
 _FREE: Final = "list of free pages"
 _TABLES: Final = "list of tables"
+_COUNTED: Final = ("branch pages", "leaf pages", "overflow pages", "entries")
 _NO_PAGE: Final = 2**64 - 1
 _DEPTH_MAX: Final = 32  # LMDB's own limit of a cursor
 _PAGE_SIZES: Final = frozenset(1 << bits for bits in range(9, 17))
@@ -58,6 +59,8 @@ class Table(NamedTuple):
 class Meta(NamedTuple):
     """One of a file's two meta pages."""
 
+    address: int
+    map_bytes: int
     txn_id: int
     last_page: int
     free: Table
@@ -102,6 +105,13 @@ class PageFile:
         if table in self.tables:
             yield from self._values(table.decode(), self.tables[table])
 
+    def nodes(self, table: bytes) -> Iterator[Node]:
+        """The entries of a table without their large values: see ``value``. Once a table."""
+        if table in self.tables and self.tables[table].root != _NO_PAGE:
+            yield from self._walk(
+                self.tables[table].root, 1, self.tables[table].depth, [0] * len(_COUNTED)
+            )
+
     def check_free(self) -> None:
         """After all tables were read: no page may be both in use and free to be written over."""
         if self.meta is None:
@@ -117,10 +127,10 @@ class PageFile:
                     self._report(f"page {number} is in use and listed as free")
 
     def _values(self, name: str, table: Table) -> Iterator[tuple[bytes, bytes]]:
-        counts = [0, 0, 0, 0]  # branches, leaves, overflow pages, entries
+        counts = [0] * len(_COUNTED)
         report, last = self._report, b""
         by_bytes, expected_flags = name != _FREE, _IS_TABLE if name == _TABLES else 0
-        if table.flags != (_INTEGER_KEYS if name == _FREE else 0):
+        if table.flags != (_FREE_FLAGS if name == _FREE else 0):
             report(f"table {name}: has the flags {table.flags}")
         if table.root != _NO_PAGE:
             for node in self._walk(table.root, 1, table.depth, counts):
@@ -138,10 +148,12 @@ class PageFile:
                     yield node.key, value
         expected = [table.branches, table.leaves, table.overflow, table.entries]
         if counts != expected:
-            report(
-                f"table {name}: found {counts} branch, leaf and overflow pages and entries, "
-                f"expected {expected}"
-            )
+            words = [
+                f"{found} {what}, expected {right}"
+                for found, what, right in zip(counts, _COUNTED, expected, strict=True)
+                if found != right
+            ]
+            report(f"table {name}: found {'; '.join(words)}")
 
     def _walk(self, number: int, level: int, depth: int, counts: list[int]) -> Iterator[Node]:
         page = self._page(number, _LEAF if level == depth else _BRANCH)
@@ -278,11 +290,16 @@ class PageFile:
         page = self._read(start, _HEADER_BYTES + _META.size)
         if len(page) < _HEADER_BYTES + _META.size:
             return None
-        flags = _HEADER.unpack_from(page)[2]
-        magic, version, _, _, free, main, last_page, txn_id = _META.unpack_from(page, _HEADER_BYTES)
-        if (magic, version) != (_MAGIC, 1) or not flags & _META_FLAG:
+        there, _, flags, _, _ = _HEADER.unpack_from(page)
+        magic, version, address, map_bytes, free, main, last_page, txn_id = _META.unpack_from(
+            page, _HEADER_BYTES
+        )
+        if (magic, version) != (_MAGIC, 1) or flags != _META_FLAG or there != bool(start):
             return None
-        return Meta(txn_id, last_page, Table(*_TABLE.unpack(free)), Table(*_TABLE.unpack(main)))
+        tables = [Table(*_TABLE.unpack(each)) for each in (free, main)]
+        if tables[0].page_bytes not in _PAGE_SIZES or start not in (0, tables[0].page_bytes):
+            return None
+        return Meta(address, map_bytes, txn_id, last_page, *tables)
 
     def _newest_meta(self) -> Meta | None:
         metas = [self._read_meta(0), self._read_meta(self.page_bytes)]
@@ -294,8 +311,10 @@ class PageFile:
             return None
         newest = max(found, key=lambda meta: meta.txn_id)
         ids = [meta.txn_id for meta in found]
-        if len(ids) == 2 and (max(ids) - min(ids) != 1 or ids[max(ids) % 2] != max(ids)):  # noqa: PLR2004
+        if len(ids) == len(metas) and not _alternate(*ids):
             self._report(f"meta pages: transactions {ids}, expected two that follow each other")
+        if len({(meta.address, meta.map_bytes, meta.free.page_bytes) for meta in found}) > 1:
+            self._report("meta pages: they differ in what never changes")
         needed = (newest.last_page + 1) * self.page_bytes
         if self.size < needed:
             self._report(f"truncated: {self.size} bytes, expected at least {needed}")
@@ -315,5 +334,9 @@ class PageFile:
 
     def _read(self, start: int, size: int) -> bytes:
         with translated(self.path):
-            data = os.pread(self._fd, size, start)
-        return data
+            return os.pread(self._fd, size, start)
+
+
+def _alternate(even: int, odd: int) -> bool:
+    """Whether two transactions follow each other, each on the meta page that is its turn."""
+    return abs(even - odd) == 1 and even % 2 == 0

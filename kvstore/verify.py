@@ -154,9 +154,7 @@ def _stamp(file: Path) -> list[int]:
 class _Verify:
     """One run."""
 
-    def __init__(
-        self, layout: Layout, pace: _Pace, known: _Known, on_progress: OnProgress | None
-    ):
+    def __init__(self, layout: Layout, pace: _Pace, known: _Known, on_progress: OnProgress | None):
         self._layout = layout
         self._pace = pace
         self._known = known
@@ -298,7 +296,9 @@ class _Verify:
             except (EOFError, pickle.UnpicklingError):
                 code = child.wait()
                 cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                what = f"reading it through LMDB killed the process ({cause}): its pages are damaged"
+                what = (
+                    f"reading it through LMDB killed the process ({cause}): its pages are damaged"
+                )
                 self._damages.append(Damage(number, what))
                 return None
             if isinstance(told, Damage):

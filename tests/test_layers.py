@@ -31,7 +31,7 @@ FLOORS = (
     ("commit", "reading"),
     ("writer", "follow", "replay", "export"),
     ("store",),
-    ("retention", "check", "verify", "recover", "backup", "ingest", "plots"),
+    ("retention", "check", "verify", "salvage", "recover", "backup", "ingest", "plots"),
     ("telemetry", "dayfiles"),
     ("__init__",),
     ("cli",),

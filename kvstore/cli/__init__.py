@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 import typer
 
-from kvstore.cli import capture, export, query, replay, stats
+from kvstore.cli import capture, check, export, query, replay, stats
 from kvstore.cli.terminal import FAILED, complain, open_standard_files
 from kvstore.errors import KvstoreError
 
@@ -65,6 +65,17 @@ app.command(
 app.command(
     "import", epilog=_examples("kvstore import run.kv run.parquet log.csv --time-field when")
 )(export.import_)
+app.command(
+    epilog=_examples(
+        "kvstore verify run.kv",
+        "kvstore verify run.kv --since-last --rate 100MB/s",
+        "kvstore verify run.kv --json",
+    )
+)(check.verify)
+app.command(epilog=_examples("kvstore recover broken.kv -o rescued.kv"))(check.recover)
+app.command(
+    epilog=_examples("kvstore backup run.kv /mnt/usb/run.kv", "kvstore read /mnt/usb/run.kv")
+)(check.backup)
 app.command(epilog=_examples("kvstore info run.kv", "kvstore info run.kv --json"))(stats.info)
 
 
