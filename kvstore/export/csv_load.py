@@ -18,15 +18,17 @@ from typing import Any, Final
 
 import numpy as np
 
-from kvstore.errors import KvstoreError, SchemaError, TimeError
+from kvstore.errors import KvstoreError, SchemaError
 from kvstore.export.csv import column_names
 from kvstore.export.loaded import Loaded, schema_with_time
 from kvstore.schema import Array, Batch, Field, Schema
-from kvstore.timestamps import to_time
 
 _LINES: Final = 4096
 _CELL_BYTES_MAX: Final = 64 << 20
 _INDEXES: Final = re.compile(r"(_0)+$")
+_ISO: Final = re.compile(
+    r"(\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?)?)(?:Z|([+-]\d\d):?(\d\d))?"
+)
 _BOOLS: Final = {"True": True, "true": True, "False": False, "false": False}
 _NS: Final[np.dtype[Any]] = np.dtype("<M8[ns]")
 # The least type that holds two.
@@ -136,8 +138,10 @@ def _tried(convert: Callable[[str], Any], texts: Sequence[str]) -> list[Any] | N
         return None
 
 
-def _iso(text: str) -> Any:
-    return np.datetime64("NaT", "ns") if text == "NaT" else to_time(text, _NS, side="start")
+def _iso(text: str) -> None:
+    if text != "NaT" and not _ISO.fullmatch(text):
+        raise ValueError(text)
+    _datetime(text, _NS)
 
 
 def _fields(header: Sequence[str], kinds: Sequence[str]) -> list[Field]:
@@ -199,7 +203,7 @@ def _values(texts: Sequence[str], field: Field, path: Path) -> Array:
         return values
     try:
         return np.array([_value(text, field.np_dtype) for text in texts], field.np_dtype)
-    except (ValueError, OverflowError, KeyError, TimeError) as error:
+    except (ValueError, OverflowError, KeyError) as error:
         raise SchemaError(
             f"{path}: field {field.name!r}: not all values are {field.np_dtype}: {error}"
         ) from error
@@ -212,8 +216,26 @@ def _value(text: str, dtype: np.dtype[Any]) -> Any:
     if kind in "iu":
         return int(text)
     if kind == "M":
-        return to_time(text, dtype, side="start") if text not in ("", "NaT") else "NaT"
+        return _datetime(text, dtype)
     if kind == "m":
         return np.timedelta64(int(text.partition(" ")[0]) if text not in ("", "NaT") else "NaT")
     number = complex if kind == "c" else float
     return number(text) if text else number("nan")
+
+
+def _datetime(text: str, dtype: np.dtype[Any]) -> Any:
+    """ISO 8601 in a field's unit; ValueError where that would round or overflow."""
+    if text in ("", "NaT"):
+        return np.datetime64("NaT")
+    match = _ISO.fullmatch(text)
+    bare = match[1] if match else text  # years and months, too
+    given = np.datetime64(bare)
+    if str(given)[:7] != bare[:7]:  # numpy wraps far times with many digits, and knows "now"
+        raise ValueError(f"{text} is no date, or too far for its digits")
+    if match and match[2]:
+        minutes = int(match[2]) * 60 + int(match[2][0] + match[3])
+        given = given - np.timedelta64(minutes, "m")
+    value = given.astype(dtype)
+    if value.astype(given.dtype) != given:
+        raise ValueError(f"{text} has no exact {dtype}")
+    return value

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kvstore.errors import SchemaError
 from kvstore.export.arrow import record_batches, schema_of
 from kvstore.export.chunks import grouped
 from kvstore.schema import Batch, Field
@@ -25,6 +26,15 @@ def write(batches: Iterable[Batch], fields: Sequence[Field], path: Path, *, time
     rows = 0
     with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=texts) as writer:
         for record_batch in record_batches(grouped(batches), fields, schema):
-            writer.write_table(pa.Table.from_batches([record_batch], schema))
+            _write_group(writer, pa.Table.from_batches([record_batch], schema))
             rows += record_batch.num_rows
     return rows
+
+
+def _write_group(writer: pq.ParquetWriter, group: pa.Table) -> None:
+    try:
+        writer.write_table(group)
+    except pa.ArrowInvalid as error:  # seconds that overflow as milliseconds
+        raise SchemaError(
+            f"Parquet cannot hold these rows: {error}; use .arrow, or leave the field out"
+        ) from error
