@@ -30,6 +30,11 @@ from kvstore.timestamps import format_time, typed_time
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
 _DAMAGED: Final = "its structure is damaged; what follows was found page by page"
 
+_UNDEFINED: Final = (
+    "found, but the stream's definition is lost: name a sound store with the same streams, such "
+    "as a backup, with like= (--like)"
+)
+
 
 class RecoverReport(NamedTuple):
     """What came out. losses: what did not. notes: what should be known beside."""
@@ -46,11 +51,17 @@ def recover(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
+    like: str | os.PathLike[str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> RecoverReport:
     """Bring what a store still holds into a new one at ``target``, which must not exist.
 
-    The source may lack ``store.msgpack`` and any of its segments. Raises StoreNotFound,
+    The source may lack ``store.msgpack`` and any of its segments.
+    like: a sound store with the same streams, a backup for instance. Where all definitions of
+    a stream are lost, as at the end of a segment cut short that was the only one, its are taken:
+    without any, blocks are bytes without names and types.
+
+    Raises StoreNotFound,
     StoreLocked while a writer has it, DiskFull, and StoreError where nothing can be read.
     """
     layout, final = Layout(source), Path(target).absolute()
@@ -59,13 +70,20 @@ def recover(
     with translated(fresh):
         shutil.rmtree(fresh, ignore_errors=True)  # of a recovery that was cut short
         try:
-            report = _Recovery(layout, on_progress).run(fresh, str(target))
+            report = _Recovery(layout, _definitions(like), on_progress).run(fresh, str(target))
             fresh.rename(final)
             sync_folder(final.parent)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
     return report
+
+
+def _definitions(like: str | os.PathLike[str] | None) -> dict[int, StreamInfo]:
+    if like is None:
+        return {}
+    with open_store(like) as store:
+        return {info.stream_id: info for info in store.state().streams.values()}
 
 
 def _check_paths(layout: Layout, final: Path) -> None:
@@ -85,8 +103,9 @@ def _check_paths(layout: Layout, final: Path) -> None:
 class _Recovery:
     """One run."""
 
-    def __init__(self, layout: Layout, on_progress: OnProgress | None):
+    def __init__(self, layout: Layout, like: dict[int, StreamInfo], on_progress: OnProgress | None):
         self._layout = layout
+        self._like = like
         self._on_progress = on_progress
         self._losses: list[Damage] = []
         self._notes: list[str] = []
@@ -99,8 +118,7 @@ class _Recovery:
 
     def run(self, fresh: Path, target: str) -> RecoverReport:
         self._survey()
-        if not self._infos:
-            self._notes.append(f"{self._layout.path}: no definition of a stream can be read")
+        self._infos = {**self._like, **self._infos}
         with open_store(fresh, "w") as store:
             for info in sorted(self._infos.values()):
                 for count in info.versions:
@@ -194,6 +212,10 @@ class _Recovery:
     def _bring(self, store: Store, number: int, file: SegmentFile) -> dict[int, dict[int, Entry]]:
         """Append what can be read; all entries seen, by stream and sequence."""
         seen: dict[int, dict[int, Entry]] = {}
+        for stream_id, entries in file.unknown(self._infos).items():
+            rows = sum(entry.rows for entry in entries)
+            self._lose(number, stream_id, _UNDEFINED, ("", ""), rows)
+            seen[stream_id] = {entry.sequence: entry for entry in entries}
         for info, result in file.batches(self._infos):
             seen.setdefault(info.stream_id, {})[result.entry.sequence] = result.entry
             if isinstance(result, Lost):

@@ -19,6 +19,7 @@ from kvstore.errors import DamageError, KvstoreError, NoFillError
 from kvstore.pages import Node, PageFile
 from kvstore.schema import Array, Batch
 from kvstore.segment import Entry, State, StreamInfo, Totals, read_entry, read_meta_record
+from kvstore.timestamps import plain_time
 
 _STREAM: Final = struct.Struct(">I")
 _NUMBER: Final = struct.Struct(">H")
@@ -137,6 +138,14 @@ class SegmentFile:
 
     # ---- reading batches ----
 
+    def unknown(self, infos: dict[int, StreamInfo]) -> dict[int, list[Entry]]:
+        """What was found of streams whose definition is lost, by stream."""
+        found: dict[int, list[Entry]] = {}
+        for (stream_id, _), entries in self._entries.items():
+            if stream_id not in infos:
+                found.setdefault(stream_id, []).append(next(iter(entries.values())))
+        return found
+
     def batches(self, infos: dict[int, StreamInfo]) -> Iterator[tuple[StreamInfo, Salvaged | Lost]]:
         """Every batch that was found, in order of streams and arrival."""
         for stream_id, sequence in sorted(self._entries):
@@ -165,6 +174,9 @@ class SegmentFile:
                 except NoFillError:
                     return Lost(entry, field.name, filled[field.name])
             batch[field.name] = column
+        ends = [plain_time(time) for time in batch[info.schema.time][[0, -1]]]
+        if ends != [entry.first, entry.last]:
+            return Lost(entry, info.schema.time, "the stream's definition does not fit it")
         return Salvaged(entry, batch, filled)
 
     def _column(self, info: StreamInfo, entry: Entry, number: int) -> Array | str:

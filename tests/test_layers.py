@@ -215,7 +215,7 @@ def test_each_breach_is_found(path, source, offence):
 @pytest.mark.parametrize(
     "broken",
     [
-        {"check": "import kvstore.follow", "follow": "def f():\n    from kvstore import check"},
+        {"check": "import kvstore.ingest", "ingest": "def f():\n    from kvstore import check"},
         {"cli/read": "from kvstore.cli import main"},
         {
             "schema": "from .codec import a",

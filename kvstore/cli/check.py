@@ -104,6 +104,15 @@ def recover(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="NEW", help="The store to make; a new path.")
     ],
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            "--like",
+            metavar="STORE",
+            help="A sound store with the same streams, such as a backup: its definitions are "
+            "used where the damaged store has lost its own.",
+        ),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Bring everything that can be read out of a damaged store into a new one.
@@ -114,7 +123,7 @@ def recover(
     libc.keep_freed_memory()
     progress = _Progress()
     with progress.bar():
-        report = recovery.recover(path, output, on_progress=progress)
+        report = recovery.recover(path, output, like=like, on_progress=progress)
     text = f"{output}: {report.rows:,} rows in {report.batches:,} batches recovered"
     for note in report.notes:
         say(note)
