@@ -198,12 +198,21 @@ class _Backup:
             missing = state.sealed.keys() - self._held.keys()
             if not missing & there:  # a drop is recorded before the file goes
                 for number in sorted(missing):
-                    self._damages.append(Damage(number, "the segment is missing in the store"))
+                    self._miss(number)
                 return state
         raise StoreError(
             f"{self._layout.path}: its oldest segments are dropped faster than they can be copied "
             f"to {self._target.path}: give it a faster disk, or the store more room"
         )
+
+    def _miss(self, number: int) -> None:
+        """Say that the store has lost a segment; keep what an earlier backup has of it."""
+        what = "the segment is missing in the store"
+        if number in self._manifest.sealed and self._target.segment_path(number).exists():
+            self._held[number] = self._manifest.sealed[number]
+            self._kept += 1
+            what += "; its backup is kept"
+        self._damages.append(Damage(number, what))
 
     def _size(self, number: int) -> int:
         with suppress(FileNotFoundError):
