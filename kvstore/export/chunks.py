@@ -79,10 +79,10 @@ def grouped(batches: Iterable[Batch]) -> Iterator[Batch]:
         rows += _rows(batch)
         size += sum(map(_bytes, batch.values()))
         if rows >= GROUP_ROWS or size >= GROUP_BYTES:
-            yield joined(waiting)
-            waiting, rows, size = [], 0, 0
+            yield _taken(waiting)
+            rows = size = 0
     if waiting:
-        yield joined(waiting)
+        yield _taken(waiting)
 
 
 def of_rows(batches: Iterable[Batch], rows: int) -> Iterator[Batch]:
@@ -108,6 +108,13 @@ def joined(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _taken(waiting: list[Batch]) -> Batch:
+    """They as one, held by nobody else: a group and its parts would be twice the memory."""
+    whole = joined(waiting)
+    waiting.clear()
+    return whole
 
 
 def _rows(batch: Batch) -> int:
