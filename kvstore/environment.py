@@ -189,6 +189,19 @@ class Environment:
         finally:
             self._leave()
 
+    def wait_until_durable(self) -> None:
+        """Return once the commits seen so far are on the disk.
+
+        LMDB shows a commit to readers while its last page is still being synced. Works for a
+        reader, whom LMDB's own sync refuses.
+        """
+        with translated(self.path):
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+
     def last_commit(self) -> int:
         """Number of the last commit, LMDB's transaction id; cheap, needs no transaction."""
         return self._info("last_txnid")

@@ -5,7 +5,8 @@
 A follower holds a sequence, nothing else: no transaction and no file stays open while it waits
 or while its caller works, so it pins no space however slow it is. It looks for news every few
 milliseconds, which costs a stat and a glance at LMDB's last commit. What it should have
-delivered and cannot is reported, as damage or as a gap, never passed over in silence.
+delivered and cannot is reported, as damage or as a gap, never passed over in silence. What it
+delivers is durable: a power cut takes no batch back, and so gives no sequence to another one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from kvstore.schema import Batch
 from kvstore.segment import Entry, OnDamage, Segment, State, Totals
 
 POLL_S: Final = 0.01
-COPIED_BYTES_MAX: Final = 16 << 20  # taken out at once: opening a sealed segment has its price
+COPIED_BYTES_MAX: Final = 8 << 20  # taken out at once: opening a sealed segment has its price
 SAVE_INTERVAL_S: Final = 0.1  # a sync for each batch would be most of the work on a busy disk
 OnGap: TypeAlias = Callable[[GapError], None]
 
@@ -141,6 +142,10 @@ class Follower:
         size = 0
         segment = self._source.open_segment(number)
         try:
+            if number == state.number:
+                # Else a power cut could take back a batch that was delivered, and its sequence,
+                # given to another one, would be passed over by the receiver's cursor.
+                segment.environment.wait_until_durable()
             for sequence, found in segment.arrivals(info.stream_id, self.cursor.sequence, end):
                 copied.append((sequence, self._batch(state, segment, found)))
                 size += found.raw_bytes if isinstance(found, Entry) else 0

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,6 +142,27 @@ def test_uncommitted_rows_are_not_delivered(path):
         assert drained(store["s"]) == []
         store.flush()
         assert numbers_of(drained(store["s"])) == [0]
+
+
+def test_what_is_delivered_was_synced_after_it_was_seen(path, monkeypatch):
+    """A commit shows before its last page is durable; a receiver elsewhere survives our power."""
+    filled(path, 60)
+    synced = []
+    sync = os.fdatasync
+
+    def noted(fd):
+        synced.append(str(Path(f"/proc/self/fd/{fd}").readlink()))
+        sync(fd)
+
+    with kvstore.open(path) as store:
+        begin = drained(store["s"])[-1].cursor
+        with kvstore.open(path, "w") as writer:
+            append(writer, [60])
+        monkeypatch.setattr(os, "fdatasync", noted)
+        assert drained(store["s"], begin)
+        assert synced == [str(segments_of(path)[-1])]
+        assert drained(store["s"], begin._replace(sequence=0))[0].cursor.sequence == 1
+        assert set(synced) == {str(segments_of(path)[-1])}, "sealed segments are durable"
 
 
 def test_fields_may_be_chosen_and_later_ones_are_filled(path):
