@@ -8,6 +8,8 @@ with kvstore.open("run.kv") as store:
         ...
 """
 
+from kvstore.backup import BackupReport, backup
+from kvstore.check import Damage
 from kvstore.errors import (
     CursorError,
     DamageError,
@@ -26,14 +28,18 @@ from kvstore.errors import (
     TimeError,
 )
 from kvstore.follow import Cursor, CursorFile, Followed
+from kvstore.recover import RecoverReport, recover
 from kvstore.schema import Field, Schema
 from kvstore.store import Store, StoreInfo, Stream, StreamStats
 from kvstore.store import open_store as open  # noqa: A004  # as in gzip.open: read kvstore.open
+from kvstore.verify import VerifyReport, verify
 
 __all__ = [
+    "BackupReport",
     "Cursor",
     "CursorError",
     "CursorFile",
+    "Damage",
     "DamageError",
     "DiskFull",
     "Field",
@@ -42,6 +48,7 @@ __all__ = [
     "KvstoreError",
     "NoFillError",
     "PacketError",
+    "RecoverReport",
     "Schema",
     "SchemaError",
     "Store",
@@ -55,5 +62,9 @@ __all__ = [
     "StreamNotFound",
     "StreamStats",
     "TimeError",
+    "VerifyReport",
+    "backup",
     "open",
+    "recover",
+    "verify",
 ]

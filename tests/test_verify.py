@@ -39,7 +39,7 @@ def files_of(path):
 
 
 def damages(path, **options):
-    return verify.verify(path, **options).damages
+    return verify(path, **options).damages
 
 
 def edited(file, table, change):
@@ -55,7 +55,7 @@ def edited(file, table, change):
 
 def test_a_sound_store_passes_and_not_a_byte_of_it_changes(path):
     before = files_of(path.parent)
-    report = verify.verify(path)
+    report = verify(path)
     assert report.damages == ()
     assert (report.segments, report.skipped) == (len(segments(path)), 0)
     assert report.rows == BATCHES * (ROWS + 1)
@@ -243,7 +243,9 @@ def test_many_flips_anywhere_are_found_or_harmless(path):
 
 
 def test_a_child_killed_by_a_damaged_page_is_damage_of_that_segment(path, monkeypatch):
-    monkeypatch.setattr(verify, "_CHILD", "import os; os.kill(os.getpid(), 11)")
+    monkeypatch.setattr(
+        sys.modules["kvstore.verify"], "_CHILD", "import os; os.kill(os.getpid(), 11)"
+    )
     with kvstore.open(path, "w"):
         (found,) = damages(path)
     assert found.segment == len(segments(path))
@@ -262,11 +264,11 @@ def test_damage_in_a_segment_that_is_being_written_is_found(path):
 
 def test_no_store_and_a_newer_one_are_errors(path, tmp_path):
     with pytest.raises(kvstore.StoreNotFound):
-        verify.verify(tmp_path)
+        verify(tmp_path)
     _, *rest = codec.unpacked((path / "store.msgpack").read_bytes(), "")
     (path / "store.msgpack").write_bytes(codec.packed([2, *rest]))
     with pytest.raises(kvstore.StoreFormatError, match="version 2"):
-        verify.verify(path)
+        verify(path)
 
 
 # ---- since the last run, at a rate ----
@@ -275,15 +277,15 @@ def test_no_store_and_a_newer_one_are_errors(path, tmp_path):
 def test_since_last_looks_only_at_what_changed(path):
     count = len(segments(path))
     note = path.with_name(path.name + ".verified")
-    assert verify.verify(path, since_last=True).skipped == 0
+    assert verify(path, since_last=True).skipped == 0
     assert note.exists()
-    again = verify.verify(path, since_last=True)
+    again = verify(path, since_last=True)
     assert (again.segments, again.skipped) == (1, count - 1)
     flip(segments(path)[1], 9000)
-    again = verify.verify(path, since_last=True)
+    again = verify(path, since_last=True)
     assert (again.segments, again.skipped) == (2, count - 2)
     flip(note, 10)
-    assert verify.verify(path, since_last=True).skipped == 0
+    assert verify(path, since_last=True).skipped == 0
 
 
 def test_a_damaged_segment_is_looked_at_again(path):
@@ -301,8 +303,8 @@ def test_an_interrupted_run_is_resumed(path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        verify.verify(path, since_last=True, state_path=state, on_progress=stop)
-    assert verify.verify(path, since_last=True, state_path=state).skipped == 1
+        verify(path, since_last=True, state_path=state, on_progress=stop)
+    assert verify(path, since_last=True, state_path=state).skipped == 1
 
 
 def test_a_killed_run_is_resumed(path):
@@ -326,13 +328,13 @@ def test_a_killed_run_is_resumed(path):
 def test_the_rate_is_kept(path):
     size = sum(file.stat().st_size for file in segments(path))
     begun = time.monotonic()
-    verify.verify(path, rate_bytes_s=size / 4)
+    verify(path, rate_bytes_s=size / 4)
     assert time.monotonic() - begun > 0.8  # of what is read: free pages are not
 
 
 def test_progress_rises_to_the_whole(path):
     told = []
-    verify.verify(path, on_progress=lambda done, total: told.append((done, total)))
+    verify(path, on_progress=lambda done, total: told.append((done, total)))
     size = sum(file.stat().st_size for file in segments(path))
     assert told == sorted(told)
     assert told[-1] == (size, size)

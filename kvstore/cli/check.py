@@ -9,13 +9,13 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from kvstore import backup as backups
 from kvstore import libc
-from kvstore import recover as recovery
-from kvstore import verify as checks
+from kvstore.backup import backup as back_up
 from kvstore.check import Damage
 from kvstore.cli.options import size_bytes
 from kvstore.cli.terminal import LOSS, complain, progress_bar, quiet_if_closed, say, size_text
+from kvstore.recover import recover as recover_store
+from kvstore.verify import verify as verify_store
 
 _Store = Annotated[Path, typer.Argument(metavar="PATH", help="The store.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
@@ -82,7 +82,7 @@ def verify(
     libc.keep_freed_memory()
     progress = _Progress()
     with progress.bar():
-        report = checks.verify(
+        report = verify_store(
             path,
             rate_bytes_s=rate_bytes_s,
             since_last=since_last,
@@ -123,7 +123,7 @@ def recover(
     libc.keep_freed_memory()
     progress = _Progress()
     with progress.bar():
-        report = recovery.recover(path, output, like=like, on_progress=progress)
+        report = recover_store(path, output, like=like, on_progress=progress)
     text = f"{output}: {report.rows:,} rows in {report.batches:,} batches recovered"
     for note in report.notes:
         say(note)
@@ -145,7 +145,7 @@ def backup(
     """
     progress = _Progress()
     with progress.bar():
-        report = backups.backup(path, dest, on_progress=progress)
+        report = back_up(path, dest, on_progress=progress)
     text = (
         f"{dest}: complete; {report.copied} segments copied ({size_text(report.copied_bytes)}), "
         f"{report.kept} there already"
