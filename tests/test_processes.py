@@ -232,6 +232,15 @@ def test_forks_while_threads_write_and_read(path):
     store.close()
 
 
+def test_a_reader_that_meets_a_reopening_does_not_take_writing_away(path):
+    """It saw the file closed for a moment, and opens it as it was: for reading."""
+    kvstore.open(path, "w").close()
+    with kvstore.open(path) as reader, kvstore.open(path, "w") as store:
+        reader._active.environment._reopen("shared")
+        append_batches(store, [0])
+        assert rows_of(reader["s"]) == BATCH_ROWS
+
+
 def test_a_child_does_not_keep_the_lock_of_its_parent(path):
     store = kvstore.open(path, "w")
     ready, gate = os.pipe(), os.pipe()
