@@ -11,6 +11,8 @@ commit. Only when all are there do they take their names, in ascending order. Af
 folder is synced, so a reader finds the earlier backup, the new one, or between them the store as
 it was when one of its segments was sealed: never one with holes.
 
+What had DEST open across a run should open it again: its active segment was replaced.
+
 Nothing in an earlier backup is ever replaced by something damaged.
 """
 

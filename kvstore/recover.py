@@ -202,7 +202,7 @@ class _Recovery:
             return  # dropped, but for the unlink
         with SegmentFile(self._files[number], number) as file:
             expected = summary.totals if summary else file.state.totals
-            file.load(expected)
+            file.load(expected, is_exact=summary is not None or file.is_stated)
             if file.problems:
                 self._notes.append(f"segment {number}: {_DAMAGED} ({file.problems[0]})")
             seen = self._bring(store, number, file)

@@ -99,8 +99,11 @@ class SegmentFile:
 
     # ---- finding batches ----
 
-    def load(self, expected: dict[int, Totals]) -> None:
-        """Find the batches: through the tree; in every page unless that finds all expected."""
+    def load(self, expected: dict[int, Totals], *, is_exact: bool) -> None:
+        """Find the batches: through the tree; in every page unless that finds all expected.
+
+        is_exact: there were no others. Else ``expected`` may be of an earlier commit.
+        """
         before = len(self.problems)
         for node in self._file.nodes(b"index"):
             self._take_entry(node)
@@ -111,7 +114,7 @@ class SegmentFile:
             found[stream_id] = found.get(stream_id, 0) + 1
         wanted = {key: totals.batches for key, totals in expected.items() if totals.batches}
         if len(self.problems) > before or found != wanted:
-            self._scan_batches(expected)
+            self._scan_batches(expected if is_exact else {})
 
     def _scan_batches(self, expected: dict[int, Totals]) -> None:
         for node in self._file.scan():

@@ -364,6 +364,7 @@ def check_live() -> None:
             tell(untold)
             untold = 0
 
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # without its parent it ends without a word
     layout = Layout(path)
     try:
         segment = Segment.open(layout.segment_path(number), number, "shared", store_id=b"")
