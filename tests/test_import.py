@@ -344,7 +344,11 @@ def test_a_file_cut_short_is_named(tmp_path, suffix):
 def test_an_unknown_suffix_names_the_known_ones(tmp_path):
     (tmp_path / "in.xlsx").write_bytes(b"x")
     done = run("import", tmp_path / "new.kv", tmp_path / "in.xlsx")
-    assert "expected .parquet, .arrow, .npz, .csv" in str(done.exception)
+    assert done.exit_code == 2
+    assert ".parquet, .arrow, .npz, .csv" in " ".join(done.stderr.split())
+    assert not (tmp_path / "new.kv").exists()
+    with pytest.raises(KvstoreError, match=r"expected \.parquet, \.arrow, \.npz, \.csv"):
+        load(tmp_path / "in.xlsx")
 
 
 def test_a_file_that_fits_another_schema_is_refused_before_a_row_is_stored(path, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -13,8 +13,8 @@ from kvstore import store as stores
 from kvstore.cli.options import duration_ns, input_file, time_text
 from kvstore.cli.query import Reading, check_range, row_progress, start_of_last, stream_name
 from kvstore.cli.terminal import LOSS, progress_bar, say
-from kvstore.export.files import check_format, write_file
-from kvstore.export.load import load
+from kvstore.export.files import FORMATS, check_format, write_file
+from kvstore.export.load import LOADABLE, load
 from kvstore.ingest import PARTICLES
 from kvstore.schema import Batch
 
@@ -73,6 +73,7 @@ def export(
     bounded whatever the range. Exit code 3 says that damaged batches had to be left out.
     """
     check_range(start, stop, last)
+    _check_suffix(output, FORMATS)
     check_format(output)
     libc.keep_freed_memory()
     with stores.open_store(path) as store:
@@ -114,12 +115,19 @@ def import_(
     Parquet, Arrow and .npz files from kvstore bring their schema along; of others it is
     inferred. What was imported before an error is kept: a second run appends it again.
     """
+    for file in files:
+        _check_suffix(file, LOADABLE)
     libc.keep_freed_memory()
     with stores.open_store(path, mode="w") as store:
         for file in files:
             rows = _import_file(store, stream, file, time_field)
             store.flush()
             say(f"{rows:,} rows from {file}")
+
+
+def _check_suffix(path: Path, known: Sequence[str]) -> None:
+    if path.suffix[1:] not in known:
+        raise typer.BadParameter(f"{path}: in which format? Name it .{', .'.join(known)}")
 
 
 def _import_file(store: stores.Store, name: str, file: Path, time_field: str) -> int:
