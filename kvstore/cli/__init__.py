@@ -46,6 +46,7 @@ app.command(
     epilog=_examples(
         "kvstore read run.kv --start 2026-02-17T15:32:37 --stop 2026-02-17T15:32:37.1",
         "kvstore read run.kv --last 1s | kvstore write other.kv",
+        "kvstore read run.kv --follow --cursor-file run.cursor | kvstore write copy.kv",
         "kvstore read run.kv --fields timestamps,spectral --limit 1000 -o spectra.npz",
     )
 )(query.read)
