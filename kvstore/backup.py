@@ -257,6 +257,10 @@ class _Backup:
                 file.write(chunk)
                 checksum.update(chunk)
                 self._report(file.tell())
+        _, found = self._check(number, copying)
+        if found and self._target.segment_path(number).exists():  # as of when it was active
+            raise self._refusal(found)
+        self._damages += found
         return self._finish(number, checksum.intdigest())
 
     def _snapshot(self, number: int) -> State:
@@ -271,7 +275,9 @@ class _Backup:
             self._copy_active(number, mode, seen)
             if mode == "shared" or self._layout.writer() == seen:
                 break  # else a writer began, which may have written over what was being copied
-        state = self._check(number, copying)
+        state, found = self._check(number, copying)
+        if found:
+            raise self._refusal(found)
         self._finish(number, None)
         self._advance(self._size(number))
         return state
@@ -290,7 +296,7 @@ class _Backup:
         finally:
             segment.close()
 
-    def _check(self, number: int, file: Path) -> State:
+    def _check(self, number: int, file: Path) -> tuple[State, list[Damage]]:
         found: list[Damage] = []
 
         def structure(what: str) -> None:
@@ -300,12 +306,13 @@ class _Backup:
             check = SegmentCheck(number, pages, found.append, lambda _: None)
             check.run()
             pages.check_free()
-        if found:
-            raise DamageError(
-                f"{self._layout.segment_path(number)}: damaged: {found[0].what}; the backup is "
-                "left as it was: see kvstore verify, and kvstore recover for what can be saved"
-            )
-        return check.state
+        return check.state, found
+
+    def _refusal(self, found: list[Damage]) -> DamageError:
+        return DamageError(
+            f"{self._layout.segment_path(found[0].segment)}: damaged: {found[0].what}; the backup "
+            "is left as it was: see kvstore verify, and kvstore recover for what can be saved"
+        )
 
     def _finish(self, number: int, expected: int | None) -> tuple[int, int]:
         """Sync a copy, read it back, and call it copied."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from stores import check_store, start
-from test_damage import BATCHES, ROWS, content, flip, segments
+from test_damage import BATCHES, ROWS, block_of, content, flip, flip_value, segments
 from test_disk_full import mounted
 from test_verify import command, files_of
 
@@ -188,6 +188,20 @@ def test_a_damaged_source_does_not_replace_a_good_backup(path, dest):
     with pytest.raises((DamageError, StoreFormatError)):
         backup(path, dest)
     assert numbers(dest) == list(range(BATCHES))
+
+
+def test_a_segment_damaged_since_it_was_active_does_not_replace_its_copy(path, dest):
+    backup(path, dest)
+    file = segments(path)[-1]
+    grow(path, BATCHES, 2 * BATCHES)
+    _, block = block_of(file, "large")
+    flip_value(file, block)
+    with pytest.raises(DamageError, match="checksum"):
+        backup(path, dest)
+    assert numbers(dest) == list(range(BATCHES))
+    fresh = dest.with_name("fresh.kv")
+    (damage,) = backup(path, fresh).damages  # better than no backup at all
+    assert (damage.stream, damage.field, damage.rows) == ("s", "noise", ROWS)
 
 
 def test_a_damaged_manifest_is_named(path, dest):
