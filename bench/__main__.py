@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import kvstore
 from bench import capture, lookup, memory, pipes, reading, report, startup
 from bench.figure import BenchError, Figure, Measurement, Setting
 from bench.host import describe, filesystem
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for measurement in MEASUREMENTS:
             print(f"{measurement.name:22}{measurement.about}")
         return 0
+    kvstore.keep_freed_memory()  # as a program that captures should: see its docstring
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=options.dir) as folder:
         setting = _setting(options, Path(folder))
         done = _measure_all(options.names or [m.name for m in MEASUREMENTS], setting)

@@ -28,6 +28,7 @@ from kvstore.errors import (
     TimeError,
 )
 from kvstore.follow import Cursor, CursorFile, Followed
+from kvstore.libc import keep_freed_memory
 from kvstore.recover import RecoverReport, recover
 from kvstore.schema import Field, Schema
 from kvstore.store import Store, StoreInfo, Stream, StreamStats
@@ -64,6 +65,7 @@ __all__ = [
     "TimeError",
     "VerifyReport",
     "backup",
+    "keep_freed_memory",
     "open",
     "recover",
     "verify",

@@ -28,7 +28,7 @@ _CODES: Final = {
     "<f8": "d", "<f4": "f", "<i8": "q", "<u8": "Q", "<i4": "i", "<u4": "I",
     "<i2": "h", "<u2": "H", "|i1": "b", "|u1": "B",
 }  # fmt: skip  # no bool: struct would take any object for one
-_SCALARS: Final = frozenset({float, int, np.float64, np.int64})
+_INTEGERS: Final = frozenset({int, np.int64, np.int32, np.uint32, np.int16, np.uint16, np.uint8})
 _EXACT: Final = {"d": frozenset({float, np.float64}), "f": frozenset({float})}
 """What struct packs into floats as Schema.columns would; it rounds other types in silence."""
 
@@ -45,7 +45,8 @@ class Staging:
         self._values = operator.itemgetter(*schema.names)
         self._count = len(schema.names)
         self._time = schema.number(schema.time)
-        self._floats = _float_columns(schema)
+        self._codes = [_CODES.get(field.np_dtype.str, "") for field in schema.fields]
+        self._exact: set[tuple[type, ...]] = set()  # types of rows that need no further look
         self._low, self._high = time_bounds(schema.time_dtype)
 
     def add_row(self, row: BatchLike) -> int:
@@ -55,19 +56,27 @@ class Staging:
         try:
             values = self._values(row)
             time = values[self._time]
-            if type(time) not in _SCALARS or len(row) != self._count:
+            if tuple(map(type, values)) not in self._exact and not self._is_exact(values):
                 return 0
-            if not self._low <= time <= self._high:
+            if len(row) != self._count or not self._low <= time <= self._high:
                 return 0
-            for number, exact in self._floats:
-                if type(values[number]) not in exact:
-                    return 0
             packed: bytes = self._pack(*values)
         except (KeyError, TypeError, ValueError, OverflowError, struct.error):
             return 0  # Schema.columns finds the words for it
         self._packed += packed
         self.bytes += len(packed)
         return len(packed)
+
+    def _is_exact(self, values: tuple[Any, ...]) -> bool:
+        """Whether struct packs values of these types as Schema.columns converts them."""
+        types = tuple(map(type, values))
+        fit = all(
+            each in _EXACT.get(code, _INTEGERS)
+            for each, code in zip(types, self._codes, strict=True)
+        )
+        if fit:
+            self._exact.add(types)
+        return fit
 
     def add(self, columns: list[Array], size: int, *, copy: bool) -> None:
         """Stage a few rows. With copy=False the arrays must stay as they are."""
@@ -99,11 +108,6 @@ def _packer(schema: Schema) -> Any:
     if not all(codes) or len(codes) == 1 or any(field.shape for field in schema.fields):
         return None
     return struct.Struct("<" + "".join(codes)).pack
-
-
-def _float_columns(schema: Schema) -> list[tuple[int, frozenset[type]]]:
-    codes = [_CODES.get(field.np_dtype.str, "") for field in schema.fields]
-    return [(number, _EXACT[code]) for number, code in enumerate(codes) if code in _EXACT]
 
 
 def size_of(columns: list[Array]) -> int:

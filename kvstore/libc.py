@@ -47,7 +47,8 @@ def keep_freed_memory() -> None:
     """Have glibc keep freed buffers of up to 256 MB instead of giving them back at once.
 
     A process that moves gigabytes through buffers of a few megabytes otherwise spends much of
-    its time on page faults. Affects the whole process: for command-line programs only.
+    its time on page faults. Affects the whole process, so it is the program's decision: the
+    ``kvstore`` command calls it, ``import kvstore`` and ``kvstore.open`` never do.
     """
     with suppress(AttributeError):
         _libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)

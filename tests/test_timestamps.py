@@ -445,7 +445,7 @@ def test_what_is_no_time_is_refused_with_what_is(value, unit):
         ts.to_time(value, FLOAT64, side="start", unit=unit)
 
 
-@pytest.mark.parametrize("value", [math.nan, np.float32("nan"), np.datetime64("NaT")])
+@pytest.mark.parametrize("value", [math.nan, np.float32("nan"), np.datetime64("NaT", "ns")])
 def test_missing_values_are_no_ends(value):
     with pytest.raises(TimeError, match=r"Na[NT] cannot be an end"):
         ts.to_time(value, FLOAT64, side="start")
