@@ -131,7 +131,10 @@ def test_packets_have_the_briefs_framing():
 
 
 def test_a_pipeline_reports_cpu_memory_and_what_was_said():
-    spin = "import sys; b = bytearray(50_000_000); sys.stderr.write('said'); sys.stdout.write('x')"
+    spin = (
+        "import sys, time; b = bytearray(50_000_000); sys.stderr.write('said')\n"
+        "time.sleep(0.5); sys.stdout.write('x')"  # long enough to be sampled on a busy machine
+    )
     done = process.run([sys.executable, "-c", spin], ["cat"], watched=0)
     assert done.wall_s > 0
     assert done.ended[0].cpu_s > 0
