@@ -255,6 +255,8 @@ class Environment:
     def _reopen(self, mode: Mode) -> None:
         with self._changed:
             self._changed.wait_for(lambda: not self._users)
+            if self._is_open and self.mode == "write" != mode:
+                return  # a reader that decided before the writer did must not undo it
             self._env.close()
             self._is_open = False
             self._open(mode)

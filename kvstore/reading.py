@@ -21,6 +21,7 @@ from kvstore.segment import Entry, OnDamage, Segment, State, StreamInfo, Totals
 from kvstore.timestamps import (
     TimeLike,
     Unit,
+    beyond,
     encode_key,
     format_time,
     plain_time,
@@ -74,18 +75,23 @@ def make_range(
     if inclusive not in ("both", "left"):
         raise SchemaError(f"inclusive={inclusive!r}: use 'both' for [start, stop], 'left' for [)")
     dtype = schema.time_dtype
-    low, high = (typed_time(end, dtype) for end in time_bounds(dtype))
+    low, high = first, last = [typed_time(end, dtype) for end in time_bounds(dtype)]
+    starts = stops = 0  # 1 after, -1 before all that the stream can hold
     if start is not None:
         low = to_time(start, dtype, side="start", unit=unit)
+        starts = beyond(start, dtype, unit=unit)
     if stop is not None:
         side: Literal["start", "stop"] = "start" if inclusive == "left" else "stop"
         high = to_time(stop, dtype, side=side, unit=unit)
+        stops = beyond(stop, dtype, unit=unit)
+    if starts > 0 or stops < 0:
+        low, high = last, first  # empty: the outermost row, where the end was clamped to, is out
     return Range(
         plain_time(low),
         plain_time(high),
         time_to_ns(low, dtype),
         time_to_ns(high, dtype),
-        inclusive == "left" and stop is not None,
+        inclusive == "left" and stop is not None and stops <= 0,
     )
 
 

@@ -200,6 +200,18 @@ def to_time(
     return _from_ns(_exact_ns(value, unit), dtype, side)
 
 
+def beyond(value: TimeLike, dtype: np.dtype[Any], *, unit: Unit | None = None) -> int:
+    """1 where an end lies after all that a stream can hold, -1 where before, 0 elsewhere.
+
+    `to_time` makes such an end the outermost time, at which there may be a row.
+    """
+    if isinstance(value, (float, np.floating)) and math.isinf(value):
+        return 1 if value > 0 else -1
+    ns = _exact_ns(value, unit)
+    low, high = (_stored_ns(typed_time(end, dtype), dtype) for end in time_bounds(dtype))
+    return int(ns > high) - int(ns < low)
+
+
 def subtract(value: Any, duration_ns: int, dtype: np.dtype[Any]) -> np.generic:
     """A stored time minus a duration, as the start of a range in the stream's own type."""
     time_to_ns(value, dtype)

@@ -239,3 +239,13 @@ def test_input_that_a_signal_cut_short_exits_3(path, tmp_path, kind):
     assert b"not read to its end" in talk or b"unfinished packet" in talk
     child.stderr.close()
     assert len(values(path)) == 2_000_000
+
+
+def test_a_reader_that_meets_a_reopening_does_not_take_writing_away(path):
+    """It saw the file closed for a moment, and opens it as it was: for reading."""
+    kvstore.open(path, "w").close()
+    with kvstore.open(path) as reader, kvstore.open(path, "w") as store:
+        reader._active.environment._reopen("shared")
+        store.stream("s").append({"time": 1.0, "v": 1})
+        store.flush()
+        assert len(reader["s"]) == 1

@@ -142,6 +142,24 @@ def test_every_end_at_and_next_to_every_row(writer, time_dtype):
                 assert writer["s"].count(start, stop, **options) == len(found)
 
 
+def test_ends_beyond_the_outermost_rows(writer):
+    """Such an end is clamped to the outermost time that can be stored: there may be a row."""
+    stream = writer.stream("s", Schema((Field("time", "i8"), Field("v", "i8"))))
+    edge = 2**63 - 1
+    stream.append({"time": np.array([-edge, 0, edge]), "v": [0, 1, 2]})
+    writer.flush()
+    for beyond in (edge + 1, 1e10, float("inf"), "2300-01-01"):
+        for inclusive in ("both", "left"):
+            options = {"unit": "ns" if beyond == edge + 1 else "s", "inclusive": inclusive}
+            assert values(stream.read(None, beyond, **options)) == [0, 1, 2]
+            assert values(stream.read(beyond, None, **options)) == []
+            before = beyond if isinstance(beyond, str) else -beyond
+            before = "1600-01-01" if before == beyond else before
+            assert values(stream.read(before, None, **options)) == [0, 1, 2]
+            assert values(stream.read(None, before, **options)) == []
+    assert values(stream.read(-edge, edge, unit="ns", inclusive="left")) == [0, 1]
+
+
 def test_rows_closer_than_a_nanosecond_are_merged_in_order(writer):
     """Their batches share a key's time, and so come in the order of their arrival."""
     for number, times in enumerate(([0.0, 2e-10], [3e-10], [1e-10], [-1e-10])):
