@@ -8,9 +8,13 @@ with kvstore.open("run.kv") as store:
         ...
 """
 
+from kvstore.backup import BackupReport, backup
+from kvstore.check import Damage
 from kvstore.errors import (
+    CursorError,
     DamageError,
     DiskFull,
+    GapError,
     KvstoreError,
     NoFillError,
     PacketError,
@@ -23,18 +27,29 @@ from kvstore.errors import (
     StreamNotFound,
     TimeError,
 )
+from kvstore.follow import Cursor, CursorFile, Followed
 from kvstore.libc import keep_freed_memory
+from kvstore.recover import RecoverReport, recover
 from kvstore.schema import Field, Schema
 from kvstore.store import Store, StoreInfo, Stream, StreamStats
 from kvstore.store import open_store as open  # noqa: A004  # as in gzip.open: read kvstore.open
+from kvstore.verify import VerifyReport, verify
 
 __all__ = [
+    "BackupReport",
+    "Cursor",
+    "CursorError",
+    "CursorFile",
+    "Damage",
     "DamageError",
     "DiskFull",
     "Field",
+    "Followed",
+    "GapError",
     "KvstoreError",
     "NoFillError",
     "PacketError",
+    "RecoverReport",
     "Schema",
     "SchemaError",
     "Store",
@@ -48,6 +63,10 @@ __all__ = [
     "StreamNotFound",
     "StreamStats",
     "TimeError",
+    "VerifyReport",
+    "backup",
     "keep_freed_memory",
     "open",
+    "recover",
+    "verify",
 ]

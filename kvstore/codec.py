@@ -105,6 +105,11 @@ def checksum(data: Bytes) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
+def running_checksum() -> Any:
+    """The same of bytes that come in pieces: ``update`` it with each, then ``intdigest``."""
+    return xxhash.xxh3_64()
+
+
 def _as_words(array: Array) -> Array:
     """The array's memory as flat unsigned words: Blosc takes its shuffle width from them."""
     flat = np.ascontiguousarray(array).reshape(-1)

@@ -7,6 +7,8 @@
     ├── StreamNotFound    no stream of that name in the store (also a KeyError)
     ├── PacketError       malformed input on a byte stream; names packet number and byte offset
     ├── DamageError       stored bytes that fail their checksum; names stream, field and time span
+    ├── CursorError       a place to follow from that is not in this store (also a ValueError)
+    ├── GapError          batches that a follower should get next are no longer in the store
     └── StoreError        the store itself
         ├── StoreNotFound     no store at that path (also a FileNotFoundError)
         ├── StoreFormatError  not a store, a truncated segment, or a newer format version
@@ -71,6 +73,30 @@ def _packet_error(reason: str, packet: int, offset: int, whole: bool) -> PacketE
 
 class DamageError(KvstoreError):
     """Stored bytes that fail their checksum, or an index entry whose block is missing."""
+
+
+class CursorError(KvstoreError, ValueError):
+    """A cursor that cannot be read, or is one of another store, another stream or a later state."""
+
+
+class GapError(KvstoreError):
+    """Batches that a follower should get next are no longer in the store.
+
+    first, stop: their sequences, ``first`` included, ``stop`` not.
+    """
+
+    def __init__(self, message: str, *, first: int = 0, stop: int = 0):
+        super().__init__(message)
+        self.first = first
+        self.stop = stop
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle by keyword: the constructor takes more than the message."""
+        return (_gap_error, (str(self), self.first, self.stop))
+
+
+def _gap_error(message: str, first: int, stop: int) -> GapError:
+    return GapError(message, first=first, stop=stop)
 
 
 class StoreError(KvstoreError):

@@ -103,7 +103,7 @@ class Layout:
             state = State(uuid.uuid4().bytes, 1, time.time_ns())
             self.roll(state, segment_bytes)
         identity = codec.packed([FORMAT, state.store_id, state.created_ns])
-        _write_durably(self.path / _IDENTITY, identity)
+        write_durably(self.path / _IDENTITY, identity)
 
     def prepare(self) -> None:
         """Make the store's folders, durably; refuse a folder that holds something else."""
@@ -243,7 +243,8 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace a file as a whole: after a power cut it is the old or the new one."""
     fresh = path.with_name(path.name + ".tmp")
     with translated(path):
         with fresh.open("wb") as file:

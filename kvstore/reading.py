@@ -172,12 +172,10 @@ class Scan(NamedTuple):
 
     def damaged(self, entry: Entry, error: KvstoreError) -> None:
         """Report a batch that cannot be read, with all that is known of it."""
-        self._report(f"{self._rows(entry)} cannot be read: {error}", error)
+        self.on_damage(damage(self.info.name, self.info.schema, entry, error))
 
     def _rows(self, part: Entry | Totals) -> str:
-        dtype = self.info.schema.time_dtype
-        ends = [format_time(typed_time(t, dtype), dtype) for t in (part.first, part.last)]
-        return f"{part.rows} rows from {ends[0]} to {ends[1]}"
+        return rows_text(self.info.schema, part)
 
     def _report(self, message: str, cause: KvstoreError | None = None) -> None:
         report = DamageError(f"stream {self.info.name!r}, {message}")
@@ -238,19 +236,40 @@ def _fetch(
     scan: Scan, segment: Segment, entry: Entry, numbers: Sequence[int], *, verify: bool
 ) -> list[Array] | None:
     """The columns of one batch, cut at the range's ends; None where no row is inside."""
-    fields, inside = scan.info.schema.fields, slice(None)
+    inside = slice(None)
     if not scan.range.covers(entry.first, entry.last):
         inside = scan.range.rows(scan.times(segment, entry, verify=verify))
         if inside.start == inside.stop:
             return None
+    columns = filled(scan.info.schema, segment, entry, numbers, verify=verify)
+    return columns if inside == slice(None) else [column[inside] for column in columns]
+
+
+def filled(
+    schema: Schema, segment: Segment, entry: Entry, numbers: Sequence[int], *, verify: bool = True
+) -> list[Array]:
+    """The columns of a batch, all rows; fields that it does not have yet are filled."""
     there = [number for number in numbers if number < len(entry.blocks)]
-    wanted = [(number, fields[number]) for number in there]
+    wanted = [(number, schema.fields[number]) for number in there]
     found = dict(zip(there, segment.fetch(entry, wanted, verify=verify), strict=True))
-    columns = [
-        found[number] if number in found else fields[number].filled(entry.rows)
+    return [
+        found[number] if number in found else schema.fields[number].filled(entry.rows)
         for number in numbers
     ]
-    return columns if inside == slice(None) else [column[inside] for column in columns]
+
+
+def damage(stream: str, schema: Schema, entry: Entry, error: KvstoreError) -> DamageError:
+    """The report of a batch that cannot be read, with all that is known of it."""
+    report = DamageError(f"stream {stream!r}, {rows_text(schema, entry)} cannot be read: {error}")
+    report.__cause__ = error
+    return report
+
+
+def rows_text(schema: Schema, part: Entry | Totals) -> str:
+    """How many rows a batch or segment has, and their span."""
+    dtype = schema.time_dtype
+    ends = [format_time(typed_time(t, dtype), dtype) for t in (part.first, part.last)]
+    return f"{part.rows} rows from {ends[0]} to {ends[1]}"
 
 
 def _merged(
@@ -265,7 +284,7 @@ def _merged(
     held: list[Array] = []  # sequence and time of each row, then the fields asked for; sorted
     arrived: list[list[Array]] = []
     for entry, columns in _columns(scan, [time, *numbers], verify=verify):
-        safe_until = _safe_until(columns[0][0])
+        safe_until = _safe_until(typed_time(entry.first, scan.info.schema.time_dtype))
         if held and not arrived and held[1][-1] < safe_until:
             yield dict(zip(names, held[2:], strict=True))
             held = []
@@ -295,6 +314,7 @@ def _in_order(parts: Sequence[list[Array]]) -> list[Array]:
 def _safe_until(first: Any) -> Any:
     """The time before which rows can be handed out, as no later batch begins earlier.
 
+    first: where the batch begins, which may be before the range, and its rows inside far later.
     Batches come in the order of their keys: of floats that share a ns, the later may be less.
     """
     return first - 2e-9 if first.dtype.kind == "f" else first

@@ -231,7 +231,7 @@ class Segment:
             with txn.cursor(self.environment.meta) as cursor:
                 for key, value in cursor:
                     what = f"{self.environment.path}: meta record {bytes(key)!r}"
-                    _read_meta_record(state, bytes(key), codec.unpacked(value, what))
+                    read_meta_record(state, bytes(key), codec.unpacked(value, what))
         for info in state.streams.values():
             totals = state.stream_totals(info.stream_id)
             if totals.batches != totals.next_sequence:  # each batch was given the next one
@@ -276,7 +276,7 @@ class Segment:
             page = self._page(seek, end)
             for key, value in page:
                 try:
-                    entry = _entry(key, value)
+                    entry = read_entry(key, value)
                 except DamageError as error:
                     on_damage(error)
                 else:
@@ -294,6 +294,31 @@ class Segment:
                 if key > end:
                     break
                 page.append((key, bytes(cursor.value())))
+                more = cursor.next()
+        return page
+
+    def arrivals(
+        self, stream_id: int, sequence: int, stop: int
+    ) -> Iterator[tuple[int, Entry | DamageError]]:
+        """Batches by sequence, from ``sequence`` to before ``stop``, as far as one page goes.
+
+        One whose index record cannot be read comes as the error; one that is not here, not at all.
+        """
+        page = self._order_page(
+            _SEQUENCE.pack(stream_id, sequence), _SEQUENCE.pack(stream_id, stop)
+        )
+        return ((found, _arrived(found, key, record)) for found, key, record in page)
+
+    def _order_page(self, seek: bytes, end: bytes) -> list[tuple[int, bytes, bytes | None]]:
+        page: list[tuple[int, bytes, bytes | None]] = []
+        with self.environment.read() as txn, txn.cursor(self.environment.order) as cursor:
+            more = cursor.set_range(seek)
+            while more and len(page) < PAGE_ENTRIES and (place := bytes(cursor.key())) < end:
+                key = place[: _STREAM.size] + bytes(cursor.value())
+                record = txn.get(key, db=self.environment.index)
+                if len(place) == _SEQUENCE.size:
+                    sequence = _SEQUENCE.unpack(place)[1]
+                    page.append((sequence, key, None if record is None else bytes(record)))
                 more = cursor.next()
         return page
 
@@ -402,7 +427,8 @@ def _order(entry: Entry) -> bytes:
     return entry.order
 
 
-def _entry(key: bytes, value: bytes) -> Entry:
+def read_entry(key: bytes, value: bytes) -> Entry:
+    """An index record; DamageError where it is not the one stored under that key."""
     try:
         record = codec.unpacked(value, "its index record")
     except DamageError as error:
@@ -410,6 +436,18 @@ def _entry(key: bytes, value: bytes) -> Entry:
     if record[0] != key:
         raise DamageError(f"a batch {_place(key)} cannot be read: its index record is another's")
     return Entry(*record)
+
+
+def _arrived(sequence: int, key: bytes, value: bytes | None) -> Entry | DamageError:
+    if value is None:
+        return DamageError(f"a batch {_place(key)} cannot be read: it is missing from the index")
+    try:
+        entry = read_entry(key, value)
+    except DamageError as error:
+        return error
+    if len(key) != _KEY_BYTES or entry.sequence != sequence:
+        return DamageError(f"a batch {_place(key)} stands in the order table as another's")
+    return entry
 
 
 def _place(key: bytes) -> str:
@@ -427,7 +465,8 @@ def _identity(environment: Environment, txn: Txn) -> list[Any]:
     return identity
 
 
-def _read_meta_record(state: State, key: bytes, record: Any) -> None:
+def read_meta_record(state: State, key: bytes, record: Any) -> None:
+    """Put one record of the meta table into the state."""
     kind, _, rest = key.partition(b":")
     if kind == b"commit":
         state.last_commit_ns = record

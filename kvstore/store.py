@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time as clocks
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, Self
 
 import numpy as np
@@ -19,13 +20,17 @@ import numpy as np
 from kvstore import environment, reading
 from kvstore.errors import (
     DamageError,
+    GapError,
     SchemaError,
     StoreClosed,
     StoreError,
     StreamNotFound,
 )
+from kvstore.export.conversions import Conversions
+from kvstore.follow import POLL_S, Follower, From, OnGap, Source
 from kvstore.layout import Layout
 from kvstore.reading import Inclusive, Scan
+from kvstore.replay import Replay
 from kvstore.schema import Batch, BatchLike, Field, Schema
 from kvstore.segment import OnDamage, Segment, State, StreamInfo
 from kvstore.timestamps import TimeLike, Unit, typed_time
@@ -213,21 +218,29 @@ class Store:
         """The store as of the last commit; cached until there is a newer one."""
         self._check_usable()
         with self._lock:
-            while self._layout.segment_path(self._active.number + 1).exists():
-                self._active = self._keep(self._open_active(self._active.number + 1))
+            while self._is_sealed(self._active.number):
+                self._active = self._keep(self._open_active(self._layout.active()))
                 self._state = None
             commit = self._active.environment.last_commit()
             if self._state is None or commit != self._state.commit:
                 self._state = self._active.state()
+                self._forget_dropped(self._state)
             return self._state
 
-    def open_segment(self, number: int) -> Segment:
-        """A segment's handle; the caller closes it."""
+    def open_segment(self, number: int, *, keep: bool = True) -> Segment:
+        """A segment's handle; the caller closes it.
+
+        keep: leave it open for the next call. Who may pause for hours takes keep=False: the
+        space of a dropped segment is free only once nobody has it open.
+        """
         self._check_usable()
         with self._lock:
             if number not in self._segments:
                 path = self._layout.segment_path(number)
-                self._keep(Segment.open(path, number, "alone", self._store_id))
+                opened = Segment.open(path, number, "alone", self._store_id)
+                if not keep:
+                    return opened
+                self._keep(opened)
             return self._segments[number].shared()
 
     def writer(self) -> Writer:
@@ -244,6 +257,16 @@ class Store:
         return Segment.open(
             path, number, mode, self._store_id, writer=self._layout.writer, seen_writer=seen
         )
+
+    def _is_sealed(self, number: int) -> bool:
+        """Whether that segment is not the active one any more; it and the next may be gone."""
+        paths = self._layout.segment_path(number + 1), self._layout.segment_path(number)
+        return paths[0].exists() or not paths[1].exists()
+
+    def _forget_dropped(self, state: State) -> None:
+        """Close what was dropped: its space is free only once nobody has it open."""
+        for number in [n for n in self._segments if n != state.number and n not in state.sealed]:
+            self._segments.pop(number).close()
 
     def _keep(self, segment: Segment) -> Segment:
         """Hold on to an opened segment, and close the one that was opened first."""
@@ -272,7 +295,7 @@ class Store:
             )
 
 
-class Stream:
+class Stream(Conversions):
     """One stream of an open store; get one from ``store.stream(name)`` or ``store[name]``."""
 
     def __init__(self, store: Store, name: str, time: str):
@@ -341,6 +364,79 @@ class Stream:
         """
         scan = self._scan(start, stop, unit=unit, inclusive=inclusive, on_damage=on_damage)
         return reading.read(scan, fields, ordered=ordered, verify=verify)
+
+    def follow(
+        self,
+        from_: From = "start",
+        *,
+        fields: Sequence[str] | None = None,
+        poll_s: float = POLL_S,
+        stop: Callable[[], bool] = lambda: False,
+        verify: bool = True,
+        on_damage: OnDamage | None = None,
+        on_gap: OnGap | None = None,
+        sleep: Callable[[float], object] = clocks.sleep,
+    ) -> Follower:
+        """Every committed batch once, in commit order, and those to come: iterate over it.
+
+        Each comes as Followed(cursor, batch); ``cursor`` is the place behind the batch. Keep it
+        with what you made of the batch, and go on from there: ``follow(cursor)``, in any process.
+        from_: a Cursor, "start" for the oldest batch there is, "end" for what comes from now on.
+        Asks for news every poll_s seconds, until ``stop()`` is true.
+        on_damage, on_gap: called for what cannot be delivered, damaged or dropped before its
+        turn, which is then passed over; by default the DamageError or GapError is raised.
+        """
+        store = self._store
+        source = Source(self.name, store.state, lambda n: store.open_segment(n, keep=False))
+        return Follower(
+            source,
+            from_,
+            fields=fields,
+            poll_s=poll_s,
+            stop=stop,
+            verify=verify,
+            on_damage=on_damage or _raise,
+            on_gap=on_gap or _raise,
+            sleep=sleep,
+        )
+
+    def replay(
+        self,
+        start: TimeLike | None = None,
+        stop: TimeLike | None = None,
+        *,
+        speed: float = 1.0,
+        loop: bool = False,
+        fields: Sequence[str] | None = None,
+        unit: Unit | None = None,
+        on_damage: OnDamage | None = None,
+        stop_when: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = clocks.perf_counter,
+        sleep: Callable[[float], object] = clocks.sleep,
+    ) -> Replay:
+        """The rows of a range again, in order, at the pace of their times: iterate over it once.
+
+        Batches are handed out at (their first time - the first time of all) / speed after the
+        first, cut so that rows leave within a millisecond of their own time. speed=0: as fast as
+        possible. loop: begin anew at the end. Ends early once ``stop_when()`` is true.
+        ``lateness()`` of the result says how well the pace was kept.
+        """
+        time = self.schema.time
+        names = None if fields is None else list(fields)
+        drop_time = names is not None and time not in names
+        wanted = [*names, time] if names is not None and drop_time else names
+        return Replay(
+            lambda: self.read(
+                start, stop, fields=wanted, unit=unit, ordered=True, on_damage=on_damage
+            ),
+            time,
+            drop_time=drop_time,
+            speed=speed,
+            loop=loop,
+            stop=stop_when,
+            clock=clock,
+            sleep=sleep,
+        )
 
     def count(
         self,
@@ -426,7 +522,7 @@ def _reopened(store: Store, name: str) -> Stream:
     return store[name]
 
 
-def _raise(error: DamageError) -> None:
+def _raise(error: DamageError | GapError) -> None:
     raise error
 
 

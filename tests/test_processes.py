@@ -102,6 +102,15 @@ def test_a_store_that_could_not_be_opened_is_not_locked(path, monkeypatch):
         kvstore.open(path, "w").close()
 
 
+def test_a_reader_that_meets_a_reopening_does_not_take_writing_away(path):
+    """It saw the file closed for a moment, and opens it as it was: for reading."""
+    kvstore.open(path, "w").close()
+    with kvstore.open(path) as reader, kvstore.open(path, "w") as store:
+        reader._active.environment._reopen("shared")
+        append_batches(store, [0])
+        assert rows_of(reader["s"]) == BATCH_ROWS
+
+
 # ---- readers during writing ----
 
 

@@ -249,3 +249,14 @@ def test_a_reader_that_meets_a_reopening_does_not_take_writing_away(path):
         store.stream("s").append({"time": 1.0, "v": 1})
         store.flush()
         assert len(reader["s"]) == 1
+
+
+def test_ordered_rows_of_batches_that_begin_long_before_the_range(path):
+    """What such a batch has inside the range may come after rows of the batches that follow."""
+    with kvstore.open(path, "w") as store:
+        stream = store.stream("s")
+        for times in ([6], [0, 1_000_014], [-1, 1_000_000]):
+            stream.append({"time": np.array(times), "v": np.array(times)})
+            store.flush()
+        batches = stream.read(5, unit="ns", ordered=True)
+        assert np.concatenate([b["time"] for b in batches]).tolist() == [6, 1_000_000, 1_000_014]

@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 import typer
 
-from kvstore.cli import capture, query, stats
+from kvstore.cli import capture, check, export, query, replay, stats
 from kvstore.cli.terminal import FAILED, complain, open_standard_files
 from kvstore.errors import KvstoreError
 
@@ -46,9 +46,37 @@ app.command(
     epilog=_examples(
         "kvstore read run.kv --start 2026-02-17T15:32:37 --stop 2026-02-17T15:32:37.1",
         "kvstore read run.kv --last 1s | kvstore write other.kv",
+        "kvstore read run.kv --follow --cursor-file run.cursor | kvstore write copy.kv",
         "kvstore read run.kv --fields timestamps,spectral --limit 1000 -o spectra.npz",
     )
 )(query.read)
+app.command(
+    epilog=_examples(
+        "kvstore replay run.kv --speed 10 | kvstore write copy.kv",
+        "kvstore replay run.kv --start 2026-02-17T15:32:37 --loop | my-analysis",
+    )
+)(replay.replay)
+app.command(
+    epilog=_examples(
+        "kvstore export run.kv -o run.parquet",
+        "kvstore export run.kv -o minute.h5 --start 2026-02-17T15:32 --stop 2026-02-17T15:33",
+        "kvstore export run.kv -o spectra.npy --fields spectral --last 10s",
+    )
+)(export.export)
+app.command(
+    "import", epilog=_examples("kvstore import run.kv run.parquet log.csv --time-field when")
+)(export.import_)
+app.command(
+    epilog=_examples(
+        "kvstore verify run.kv",
+        "kvstore verify run.kv --since-last --rate 100MB/s",
+        "kvstore verify run.kv --json",
+    )
+)(check.verify)
+app.command(epilog=_examples("kvstore recover broken.kv -o rescued.kv"))(check.recover)
+app.command(
+    epilog=_examples("kvstore backup run.kv /mnt/usb/run.kv", "kvstore read /mnt/usb/run.kv")
+)(check.backup)
 app.command(epilog=_examples("kvstore info run.kv", "kvstore info run.kv --json"))(stats.info)
 
 

@@ -15,13 +15,12 @@ import typer
 
 from kvstore import libc
 from kvstore import store as stores
-from kvstore.cli.capture import write_parts
+from kvstore.cli.follow import Begin, Following, send_packets
 from kvstore.cli.options import STDIN, duration_ns, epoch_seconds, time_text
 from kvstore.cli.terminal import LOSS, complain, progress_bar, quiet_if_closed
-from kvstore.errors import DamageError, KvstoreError, PacketError
+from kvstore.errors import DamageError, KvstoreError
 from kvstore.export import csv, jsonl, npz
 from kvstore.ingest import PARTICLES
-from kvstore.packets import encode
 from kvstore.reading import limited
 from kvstore.schema import Batch, Field
 from kvstore.timestamps import format_time, subtract, to_time
@@ -32,7 +31,7 @@ _STDOUT: Final = STDIN  # the same dash
 
 
 @dataclass(slots=True)
-class _Reading:
+class Reading:
     """What to read, and how far it got."""
 
     stream: stores.Stream
@@ -126,13 +125,42 @@ def read(
             "-o", "--output", metavar="FILE", help="File to write, complete or not at all."
         ),
     ] = None,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow", help="Every committed batch in commit order, and those to come, to stdout."
+        ),
+    ] = False,
+    cursor_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --follow: where to keep how far it got, and to go on from. After a kill "
+            "the last moments come again.",
+        ),
+    ] = None,
+    from_: Annotated[
+        Begin,
+        typer.Option(
+            "--from", help="With --follow, where to begin if there is no cursor file yet."
+        ),
+    ] = "start",
 ) -> None:
     """Read the rows of a time range, both ends included.
 
     A pipe gets them as packets, as `kvstore write` takes them; a terminal gets a summary. Exit
     code 3 says that damaged batches had to be left out.
     """
-    _check_range(start, stop, last)
+    check_range(start, stop, last)
+    if follow:
+        _check_follow(start, stop, last, limit, count, ordered, output)
+        following = Following(
+            path, lambda store: stream_name(store, stream), _names(fields), cursor_file, from_
+        )
+        _follow(following, format_ or "packets")
+        return
+    if cursor_file or from_ != "start":
+        raise typer.BadParameter("--cursor-file and --from go with --follow")
     if count and (limit or format_ or output):
         raise typer.BadParameter("--count goes without --limit, --format and --output")
     format_ = format_ or _default_format(output)
@@ -141,12 +169,11 @@ def read(
         raise typer.BadParameter(f"{format_} is binary: pipe it, or name a file with -o")
     libc.keep_freed_memory()
     with stores.open_store(path) as store:
-        target = store[_stream_name(store, stream)]
-        names = [name.strip() for name in fields.split(",")] if fields is not None else None
-        reading = _Reading(target, start, stop, names, limit, ordered)
+        target = store[stream_name(store, stream)]
+        reading = Reading(target, start, stop, _names(fields), limit, ordered)
         reading.selected()  # an unknown field is found before an output file is begun
-        if last is not None and (span := target.span()):
-            reading.start = _given(subtract(span[1], last, target.schema.time_dtype))
+        if last is not None:
+            reading.start = start_of_last(target, last)
         with quiet_if_closed():
             if count:
                 print(target.count(reading.start, reading.stop))
@@ -158,7 +185,33 @@ def read(
         raise typer.Exit(LOSS)
 
 
-def _check_range(start: str | None, stop: str | None, last: int | None) -> None:
+def _names(fields: str | None) -> list[str] | None:
+    return None if fields is None else [name.strip() for name in fields.split(",")]
+
+
+def _check_follow(*others: object) -> None:
+    if any(others):
+        raise typer.BadParameter(
+            "--follow goes with --stream, --fields, --format, --cursor-file and --from only: it "
+            "sends all that was committed, in that order, to stdout"
+        )
+
+
+def _follow(following: Following, format_: Format) -> None:
+    sends = {"packets": send_packets, "csv": csv.write, "jsonl": jsonl.write}
+    if format_ not in sends:
+        raise typer.BadParameter(f"--follow has no end, and {format_} needs one: use jsonl or csv")
+    if format_ == "packets" and sys.stdout.isatty():
+        raise typer.BadParameter("packets are binary: pipe them, or use --format jsonl")
+    libc.keep_freed_memory()
+    with quiet_if_closed():
+        following.send(sends[format_])
+    if following.losses:
+        raise typer.Exit(LOSS)
+
+
+def check_range(start: str | None, stop: str | None, last: int | None) -> None:
+    """Refuse ends that contradict each other."""
     if last is not None and (start is not None or stop is not None):
         raise typer.BadParameter("--last goes without --start and --stop")
     if start is not None and stop is not None and epoch_seconds(start) > epoch_seconds(stop):
@@ -178,37 +231,35 @@ def _default_format(output: Path | None) -> Format:
     )
 
 
-def _stream_name(store: stores.Store, given: str | None) -> str:
+def stream_name(store: stores.Store, given: str | None) -> str:
+    """The stream that was named, or particles, or the only one."""
     if given is None and PARTICLES not in store and len(store) == 1:
         return next(iter(store))
     return PARTICLES if given is None else given
 
 
-def _given(value: Any) -> Any:
-    """A stored time as a range end: an int64 needs its unit said, so it goes as datetime64."""
-    return value.view("M8[ns]") if value.dtype.kind == "i" else value
+def start_of_last(stream: stores.Stream, last_ns: int) -> Any:
+    """The start of the stretch before the last row; None where there is no row.
+
+    An int64 as a range end needs its unit said, so it goes as datetime64.
+    """
+    span = stream.span()
+    if span is None:
+        return None
+    start = subtract(span[1], last_ns, stream.schema.time_dtype)
+    return start.view("M8[ns]") if start.dtype.kind == "i" else start
 
 
-def _send(reading: _Reading, format_: Format, output: Path | None, *, quietly: bool) -> None:
-    with _progress(reading, wanted=not quietly), _opened(output) as file:
+def _send(reading: Reading, format_: Format, output: Path | None, *, quietly: bool) -> None:
+    with row_progress(reading, wanted=not quietly), _opened(output) as file:
         if format_ == "packets":
-            _send_packets(reading, file)
+            send_packets(reading.batches(), reading.selected(), file)
         else:
             _EXPORTS[format_](reading.batches(), reading.selected(), file)
 
 
-def _send_packets(reading: _Reading, file: BinaryIO) -> None:
-    fd = file.fileno()
-    libc.enlarge_pipe(fd)
-    for batch in reading.batches():
-        try:
-            parts = encode(batch)
-        except PacketError as error:  # its packet number and offset are those of an input
-            raise KvstoreError(error.reason) from error
-        write_parts(fd, parts)
-
-
-def _progress(reading: _Reading, *, wanted: bool) -> Any:
+def row_progress(reading: Reading, *, wanted: bool) -> Any:
+    """A bar of the rows read so far, on a terminal."""
     if not (wanted and sys.stderr.isatty()):
         return nullcontext()  # counting is quick, but not for nothing
     expected = max(reading.expected_rows(), 1)
@@ -243,14 +294,14 @@ def _opened(output: Path | None) -> Iterator[BinaryIO]:
         fresh.unlink(missing_ok=True)
 
 
-def _summary(reading: _Reading, output: Path | None) -> None:
+def _summary(reading: Reading, output: Path | None) -> None:
     """What the brief's reader prints; reads every row to say how fast that goes."""
     with _opened(output) as file:
         for line in _summary_lines(reading):
             file.write(f"{line}\n".encode())
 
 
-def _summary_lines(reading: _Reading) -> Iterator[str]:
+def _summary_lines(reading: Reading) -> Iterator[str]:
     stream, dtype = reading.stream, reading.stream.schema.time_dtype
     span = stream.span()
     if span is None:
@@ -265,7 +316,7 @@ def _summary_lines(reading: _Reading) -> Iterator[str]:
     yield f"Reading data between {shown[0]} and {shown[1]}"
     yield f"Found storage data from {ends[0]} to {ends[1]}"
     started = time.perf_counter()
-    with _progress(reading, wanted=True):
+    with row_progress(reading, wanted=True):
         for _ in reading.batches():
             pass
     elapsed = time.perf_counter() - started

@@ -21,7 +21,7 @@ from kvstore.schema import Array, Batch, Field
 
 def write(batches: Iterable[Batch], fields: Sequence[Field], file: BinaryIO) -> int:
     """Write a header line and all rows; returns how many."""
-    file.write(_text([[x for field in fields for x in _columns(field)]], csv.QUOTE_MINIMAL))
+    file.write(_text([[x for field in fields for x in column_names(field)]], csv.QUOTE_MINIMAL))
     rows = 0
     for batch in batches:
         flat = [list(_values(batch[field.name])) for field in fields]
@@ -37,7 +37,8 @@ def _text(lines: Iterable[list[Any]], quoting: Literal[0, 2]) -> bytes:
     return text.getvalue().encode("utf-8", "surrogatepass")
 
 
-def _columns(field: Field) -> list[str]:
+def column_names(field: Field) -> list[str]:
+    """Names of the columns that a field becomes."""
     return ["_".join([field.name, *map(str, index)]) for index in np.ndindex(field.shape)]
 
 

@@ -2,7 +2,8 @@
 
 An array's length stands before its data, so each field is spooled to a temporary file in one
 pass over the rows and then copied into the archive: memory stays bounded, and the disk of
-TMPDIR holds the uncompressed selection once. Text becomes a fixed-width unicode array.
+TMPDIR holds the uncompressed selection once. Text becomes a fixed-width unicode array. The
+schema (metadata.py) is the archive's comment, where it is no array and fits 64 KB.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from typing import IO, BinaryIO, Final
 import numpy as np
 
 from kvstore.errors import SchemaError
+from kvstore.export.metadata import describe
 from kvstore.schema import Array, Batch, Field
 
 _COPY_BYTES: Final = 1 << 20
 _TEXT_ROWS: Final = 4096
 
 
-def write(batches: Iterable[Batch], fields: Sequence[Field], file: BinaryIO) -> int:
+def write(
+    batches: Iterable[Batch], fields: Sequence[Field], file: BinaryIO, *, time: str = ""
+) -> int:
     """Write all rows; returns how many."""
     rows = 0
     with ExitStack() as stack:
@@ -33,16 +37,18 @@ def write(batches: Iterable[Batch], fields: Sequence[Field], file: BinaryIO) -> 
         widths = [1] * len(fields)
         for batch in batches:
             for number, (field, spool) in enumerate(zip(fields, spools, strict=True)):
-                widths[number] = max(widths[number], _spool(batch[field.name], field, spool))
+                widths[number] = max(widths[number], spool_rows(batch[field.name], field, spool))
             rows += len(batch[fields[0].name])
         with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+            note = describe(fields, time)
+            archive.comment = note if len(note) <= zipfile.ZIP_MAX_COMMENT else b""
             for field, spool, width in zip(fields, spools, widths, strict=True):
                 with archive.open(f"{field.name}.npy", "w", force_zip64=True) as member:
-                    _copy(field, spool, width, rows, member)
+                    copy_array(field, spool, width, rows, member)
     return rows
 
 
-def _spool(array: Array, field: Field, spool: IO[bytes]) -> int:
+def spool_rows(array: Array, field: Field, spool: IO[bytes]) -> int:
     """Append rows to a spool; returns the longest text."""
     if not field.is_text:
         spool.write(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
@@ -57,7 +63,8 @@ def _spool(array: Array, field: Field, spool: IO[bytes]) -> int:
     return max(map(len, texts), default=0)
 
 
-def _copy(field: Field, spool: IO[bytes], width: int, rows: int, member: IO[bytes]) -> None:
+def copy_array(field: Field, spool: IO[bytes], width: int, rows: int, member: IO[bytes]) -> None:
+    """Write the array that was spooled, its header first."""
     dtype = np.dtype(f"<U{width}") if field.is_text else field.np_dtype
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
     np.lib.format.write_array_header_2_0(member, {**header, "shape": (rows, *field.shape)})

@@ -1,0 +1,382 @@
+"""``backup``: a copy of a store, made while it is written, brought up to date by the next run.
+
+    DEST/backup.msgpack            there first: whose backup, complete since when, checksums
+    DEST/segments/N.mdb.copying    being copied
+    DEST/segments/N.mdb.copied     whole, synced, read back; not yet part of the backup
+    DEST/segments/N.mdb            part of the backup
+    DEST/store.msgpack             there last: from then on DEST is a store, for any reader
+
+Sealed segments never change, so each is copied once; of the active one LMDB copies the last
+commit. Only when all are there do they take their names, in ascending order. After each name the
+folder is synced, so a reader finds the earlier backup, the new one, or between them the store as
+it was when one of its segments was sealed: never one with holes.
+
+What had DEST open across a run should open it again: its active segment was replaced.
+
+Nothing in an earlier backup is ever replaced by something damaged.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+from kvstore import codec
+from kvstore.check import Damage, SegmentCheck
+from kvstore.environment import translated
+from kvstore.errors import DamageError, StoreError, StoreFormatError, StoreLocked
+from kvstore.layout import Layout, sync_folder, write_durably
+from kvstore.pages import PageFile
+from kvstore.segment import Segment, State
+
+_MANIFEST: Final = "backup.msgpack"
+_IDENTITY: Final = "store.msgpack"
+_SEGMENTS: Final = "segments"
+_WRITER_LOCK: Final = "writer.lock"
+_VERSION: Final = 1
+_CHUNK_BYTES: Final = 4 << 20
+_TRIES_MAX: Final = 20  # rounds in which retention may drop what is about to be copied
+OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+class BackupReport(NamedTuple):
+    """What was done. kept: segments that were there already. damages: of the source."""
+
+    path: str
+    dest: str
+    copied: int
+    copied_bytes: int
+    kept: int
+    last_commit_ns: int
+    damages: tuple[Damage, ...]
+
+
+class _Manifest(NamedTuple):
+    """backup.msgpack. complete_ns: 0 before the first is. sealed: number -> size, xxh3-64."""
+
+    version: int
+    store_id: bytes
+    complete_ns: int = 0
+    sealed: dict[int, tuple[int, int]] = {}  # noqa: RUF012  # never changed in place
+
+
+def backup(
+    path: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
+    *,
+    on_progress: OnProgress | None = None,
+) -> BackupReport:
+    """Bring the backup at ``dest`` up to the store's last commit; make it if it is not there.
+
+    Complete, synced and read back on return. Cut short, the earlier backup stands, and the next
+    run goes on with what was copied. Raises StoreNotFound, DiskFull, StoreError where ``dest``
+    holds something else, DamageError where the active segment is damaged.
+    """
+    layout, target = Layout(path), Layout(dest)
+    store_id = layout.store_id()
+    _check_paths(layout.path.resolve(), target.path.resolve())
+    with translated(target.path), _locked_folder(target.path):
+        manifest = _prepare(target, store_id)
+        return _Backup(layout, target, manifest, on_progress).run()
+
+
+def _check_paths(source: Path, dest: Path) -> None:
+    if dest == source or source in dest.parents or dest in source.parents:
+        raise StoreError(f"{dest}: a backup goes outside of its store, best to another disk")
+
+
+@contextmanager
+def _locked_folder(folder: Path) -> Iterator[None]:
+    """Hold the backup's folder, made if need be: one backup to it at a time."""
+    if not folder.exists():
+        folder.mkdir()
+        sync_folder(folder.parent)
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreLocked(f"{folder}: another backup to it is running; let it end") from error
+        yield
+    finally:
+        os.close(fd)
+
+
+def _prepare(target: Layout, store_id: bytes) -> _Manifest:
+    """The manifest that is there, or a first one in an empty folder."""
+    path = target.path / _MANIFEST
+    if path.exists():
+        manifest = _read_manifest(path)
+        if manifest.store_id != store_id:
+            raise StoreError(
+                f"{target.path}: a backup of the store {manifest.store_id.hex()}, not of "
+                f"{store_id.hex()}: name another folder"
+            )
+        if (target.path / _WRITER_LOCK).exists():
+            raise StoreError(
+                f"{target.path}: this backup was opened for writing since, and is a store of its "
+                "own now: name another folder"
+            )
+    else:
+        if found := set(os.listdir(target.path)) - {_MANIFEST + ".tmp"}:
+            raise StoreError(
+                f"{target.path}: a folder with other files ({min(found)}, …), not a backup; "
+                "name a new or an empty one"
+            )
+        manifest = _Manifest(_VERSION, store_id)
+        write_durably(path, codec.packed(manifest))
+    target.segments.mkdir(exist_ok=True)
+    sync_folder(target.path)
+    return manifest
+
+
+def _read_manifest(path: Path) -> _Manifest:
+    try:
+        version, store_id, complete_ns, sealed = codec.unpacked(path.read_bytes(), _MANIFEST)
+    except (DamageError, ValueError, TypeError) as error:
+        raise StoreFormatError(
+            f"{path}: damaged: {error}; name another folder for a new backup"
+        ) from error
+    if version != _VERSION:
+        raise StoreFormatError(f"{path}: version {version}, this kvstore knows {_VERSION}")
+    return _Manifest(version, store_id, complete_ns, {n: tuple(s) for n, s in sealed.items()})
+
+
+class _Backup:
+    """One run."""
+
+    def __init__(
+        self, layout: Layout, target: Layout, manifest: _Manifest, on_progress: OnProgress | None
+    ):
+        self._layout = layout
+        self._target = target
+        self._manifest = manifest
+        self._on_progress = on_progress
+        self._held: dict[int, tuple[int, int]] = {}  # sealed, here and whole: size, checksum
+        self._damages: list[Damage] = []
+        self._copied = self._copied_bytes = self._kept = 0
+        self._done_bytes = self._total_bytes = 0
+
+    def run(self) -> BackupReport:
+        self._clear_unfinished()
+        state = self._collect()
+        for number, summary in state.sealed.items():
+            size = self._held[number][0] if number in self._held else summary.file_bytes
+            if size != summary.file_bytes:
+                what = f"the file has {size} bytes, expected {summary.file_bytes}"
+                self._damages.append(Damage(number, what))
+        self._complete(state)
+        return BackupReport(
+            str(self._layout.path),
+            str(self._target.path),
+            self._copied,
+            self._copied_bytes,
+            self._kept,
+            state.last_commit_ns,
+            tuple(self._damages),
+        )
+
+    def _clear_unfinished(self) -> None:
+        for file in self._target.segments.glob("*.mdb.copying"):
+            file.unlink()
+
+    # ---- copying ----
+
+    def _collect(self) -> State:
+        """Copy all that one commit of the active segment knows, and that commit."""
+        for _ in range(_TRIES_MAX):
+            *sealed, active = self._layout.numbers()
+            self._total_bytes = sum(self._size(number) for number in (*sealed, active))
+            self._done_bytes = 0
+            for number in sealed:
+                self._hold(number)
+            there = set(self._layout.numbers())
+            state = self._snapshot(active)
+            missing = state.sealed.keys() - self._held.keys()
+            if not missing & there:  # a drop is recorded before the file goes
+                for number in sorted(missing):
+                    self._miss(number)
+                return state
+        raise StoreError(
+            f"{self._layout.path}: its oldest segments are dropped faster than they can be copied "
+            f"to {self._target.path}: give it a faster disk, or the store more room"
+        )
+
+    def _miss(self, number: int) -> None:
+        """Say that the store has lost a segment; keep what an earlier backup has of it."""
+        what = "the segment is missing in the store"
+        if number in self._manifest.sealed and self._target.segment_path(number).exists():
+            self._held[number] = self._manifest.sealed[number]
+            self._kept += 1
+            what += "; its backup is kept"
+        self._damages.append(Damage(number, what))
+
+    def _size(self, number: int) -> int:
+        with suppress(FileNotFoundError):
+            return self._layout.segment_path(number).stat().st_size
+        return 0
+
+    def _hold(self, number: int) -> None:
+        """Have a sealed segment in the backup's folder, whole and checked."""
+        size = self._size(number)
+        if number not in self._held:
+            with suppress(FileNotFoundError):  # dropped meanwhile: the next commit says so
+                self._held[number] = self._known(number, size) or self._copy(number)
+        self._advance(size)
+
+    def _known(self, number: int, size: int) -> tuple[int, int] | None:
+        """A copy from an earlier run, also one that was cut short."""
+        final, copied = self._target.segment_path(number), self._copied_path(number)
+        if number in self._manifest.sealed and final.exists():
+            held = self._manifest.sealed[number]
+            if held[0] != size:
+                what = f"the file has {size} bytes, its backup {held[0]}: that one is kept"
+                self._damages.append(Damage(number, what))
+            copied.unlink(missing_ok=True)
+            self._kept += 1
+            return held
+        for file in (copied, final):
+            if file.exists() and file.stat().st_size == size:
+                checksum = _checksum(file)
+                if checksum == _checksum(self._layout.segment_path(number)):
+                    self._kept += 1
+                    return size, checksum
+            copied.unlink(missing_ok=True)  # of another time: it must not take the place
+        return None
+
+    def _copy(self, number: int) -> tuple[int, int]:
+        copying = self._copying_path(number)
+        with self._layout.segment_path(number).open("rb") as source, copying.open("wb") as file:
+            checksum = codec.running_checksum()
+            while chunk := source.read(_CHUNK_BYTES):
+                file.write(chunk)
+                checksum.update(chunk)
+                self._report(file.tell())
+        _, found = self._check(number, copying)
+        if found and self._target.segment_path(number).exists():  # as of when it was active
+            raise self._refusal(found)
+        self._damages += found
+        return self._finish(number, checksum.intdigest())
+
+    def _snapshot(self, number: int) -> State:
+        """A copy of the active segment as of its last commit, checked in full."""
+        copying = self._copying_path(number)
+        for _ in range(_TRIES_MAX):
+            copying.unlink(missing_ok=True)
+            seen = self._layout.writer()
+            mode: Literal["shared", "alone"] = (
+                "shared" if self._layout.is_shared(number) else "alone"
+            )
+            self._copy_active(number, mode, seen)
+            if mode == "shared" or self._layout.writer() == seen:
+                break  # else a writer began, which may have written over what was being copied
+        state, found = self._check(number, copying)
+        if found:
+            raise self._refusal(found)
+        self._finish(number, None)
+        self._advance(self._size(number))
+        return state
+
+    def _copy_active(self, number: int, mode: Literal["shared", "alone"], seen: bytes) -> None:
+        segment = Segment.open(
+            self._layout.segment_path(number),
+            number,
+            mode,
+            self._manifest.store_id,
+            writer=self._layout.writer,
+            seen_writer=seen,
+        )
+        try:
+            segment.environment.copy_to(self._copying_path(number))
+        finally:
+            segment.close()
+
+    def _check(self, number: int, file: Path) -> tuple[State, list[Damage]]:
+        found: list[Damage] = []
+
+        def structure(what: str) -> None:
+            found.append(Damage(number, what))
+
+        with PageFile(file, structure) as pages:
+            check = SegmentCheck(number, pages, found.append, lambda _: None)
+            check.run()
+            pages.check_free()
+        return check.state, found
+
+    def _refusal(self, found: list[Damage]) -> DamageError:
+        return DamageError(
+            f"{self._layout.segment_path(found[0].segment)}: damaged: {found[0].what}; the backup "
+            "is left as it was: see kvstore verify, and kvstore recover for what can be saved"
+        )
+
+    def _finish(self, number: int, expected: int | None) -> tuple[int, int]:
+        """Sync a copy, read it back, and call it copied."""
+        copying = self._copying_path(number)
+        with copying.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read from the disk
+        checksum = _checksum(copying)
+        if expected is not None and checksum != expected:
+            raise StoreError(
+                f"{copying}: what was read back is not what was written: is that disk failing? "
+                "Back up to another"
+            )
+        copying.rename(self._copied_path(number))
+        sync_folder(self._target.segments)
+        size = self._copied_path(number).stat().st_size
+        self._copied += 1
+        self._copied_bytes += size
+        return size, checksum
+
+    def _copying_path(self, number: int) -> Path:
+        return self._target.segment_path(number).with_suffix(".mdb.copying")
+
+    def _copied_path(self, number: int) -> Path:
+        return self._target.segment_path(number).with_suffix(".mdb.copied")
+
+    # ---- making it the backup ----
+
+    def _complete(self, state: State) -> None:
+        for number in sorted({*self._held, state.number}):
+            copied = self._copied_path(number)
+            if copied.exists():
+                copied.rename(self._target.segment_path(number))
+                sync_folder(self._target.segments)
+        sealed = {number: each for number, each in self._held.items() if number in state.sealed}
+        manifest = self._manifest._replace(complete_ns=time.time_ns(), sealed=sealed)
+        write_durably(self._target.path / _MANIFEST, codec.packed(manifest))
+        if not self._target.exists():
+            identity = (self._layout.path / _IDENTITY).read_bytes()
+            write_durably(self._target.path / _IDENTITY, identity)
+        self._drop(state)
+
+    def _drop(self, state: State) -> None:
+        """Remove what the store has dropped since the last backup."""
+        for file in self._target.segments.glob("*.mdb.copied"):
+            file.unlink()
+        for number in self._target.numbers():
+            if number not in state.sealed and number != state.number:
+                self._target.segment_path(number).unlink()
+        sync_folder(self._target.segments)
+
+    def _advance(self, size: int) -> None:
+        self._done_bytes += size
+        self._report(0)
+
+    def _report(self, size: int) -> None:
+        if self._on_progress:
+            done = min(self._done_bytes + size, self._total_bytes)
+            self._on_progress(done, self._total_bytes)
+
+
+def _checksum(file: Path) -> int:
+    checksum: Any = codec.running_checksum()
+    with file.open("rb") as opened:
+        while chunk := opened.read(_CHUNK_BYTES):
+            checksum.update(chunk)
+    return int(checksum.intdigest())

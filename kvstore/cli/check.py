@@ -1,0 +1,186 @@
+"""``kvstore verify``, ``recover`` and ``backup``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from kvstore import libc
+from kvstore.backup import backup as back_up
+from kvstore.check import Damage
+from kvstore.cli.options import size_bytes
+from kvstore.cli.terminal import LOSS, complain, progress_bar, quiet_if_closed, say, size_text
+from kvstore.recover import recover as recover_store
+from kvstore.verify import verify as verify_store
+
+_Store = Annotated[Path, typer.Argument(metavar="PATH", help="The store.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+class _Progress:
+    """What a verb says of how far it is, and the bar that shows it."""
+
+    done = 0
+    total = 1
+
+    def __call__(self, done: int, total: int) -> None:
+        self.done, self.total = done, max(total, 1)
+
+    def bar(self) -> Any:
+        return progress_bar(
+            lambda elapsed: f"{size_text(self.done)}  {size_text(self.done / elapsed)}/s",
+            lambda: self.done / self.total,
+        )
+
+
+def rate(text: str) -> int:
+    """Bytes a second: a size, with or without /s."""
+    found = size_bytes(text.strip().removesuffix("/s"))
+    if not found:
+        raise typer.BadParameter("a rate of 0 would never end: leave --rate out for no limit")
+    return found
+
+
+def verify(
+    path: _Store,
+    *,
+    rate_bytes_s: Annotated[
+        int | None,
+        typer.Option(
+            "--rate", metavar="RATE", parser=rate, help="Read at most so much a second: 100MB/s."
+        ),
+    ] = None,
+    since_last: Annotated[
+        bool,
+        typer.Option(
+            "--since-last",
+            help="Leave out sealed segments found sound by a run with this option before, even "
+            "one cut short, and not written to since.",
+        ),
+    ] = False,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            "--state",
+            metavar="FILE",
+            help="Where --since-last remembers them; by default PATH.verified, beside the store.",
+        ),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Check every checksum, index entry, total and page of a store.
+
+    Changes nothing; a writer may be writing meanwhile. Exit code 3 says that damage was found:
+    `kvstore recover` brings the rest into a new store.
+    """
+    if state and not since_last:
+        raise typer.BadParameter("--state goes with --since-last")
+    libc.keep_freed_memory()
+    progress = _Progress()
+    with progress.bar():
+        report = verify_store(
+            path,
+            rate_bytes_s=rate_bytes_s,
+            since_last=since_last,
+            state_path=state,
+            on_progress=progress,
+        )
+    skipped = f", {report.skipped} verified before" if report.skipped else ""
+    verdict = f"{len(report.damages)} damages" if report.damages else "sound"
+    text = (
+        f"{path}: {verdict}; {report.rows:,} rows, {size_text(report.bytes)} in "
+        f"{report.segments} segments{skipped}"
+    )
+    _tell(report, report.damages, text, as_json=as_json)
+
+
+def recover(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The damaged store.")],
+    *,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="NEW", help="The store to make; a new path.")
+    ],
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            "--like",
+            metavar="STORE",
+            help="A sound store with the same streams, such as a backup: its definitions are "
+            "used where the damaged store has lost its own.",
+        ),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Bring everything that can be read out of a damaged store into a new one.
+
+    The source is never written to. The new store has an id of its own, and appears complete or
+    not at all. Exit code 3 says that something was lost, and what.
+    """
+    libc.keep_freed_memory()
+    progress = _Progress()
+    with progress.bar():
+        report = recover_store(path, output, like=like, on_progress=progress)
+    text = f"{output}: {report.rows:,} rows in {report.batches:,} batches recovered"
+    for note in report.notes:
+        say(note)
+    _tell(report, report.losses, text, as_json=as_json)
+
+
+def backup(
+    path: _Store,
+    dest: Annotated[
+        Path, typer.Argument(metavar="DEST", help="The backup: a new folder, or an earlier backup.")
+    ],
+    *,
+    as_json: _Json = False,
+) -> None:
+    """Copy a store, while it is being written to; again to the same place, only what is new.
+
+    Every copy is read back. A backup is a store: any command can read it. Until the first is
+    complete, DEST is no store; cut short, the next run goes on where it ended.
+    """
+    progress = _Progress()
+    with progress.bar():
+        report = back_up(path, dest, on_progress=progress)
+    text = (
+        f"{dest}: complete; {report.copied} segments copied ({size_text(report.copied_bytes)}), "
+        f"{report.kept} there already"
+    )
+    _tell(report, report.damages, text, as_json=as_json)
+
+
+def _tell(report: Any, damages: tuple[Damage, ...], text: str, *, as_json: bool) -> None:
+    with quiet_if_closed():
+        if as_json:
+            print(json.dumps(_plain(report), indent=2))
+        else:
+            for damage in damages:
+                complain(_line(damage))
+            print(text)
+    if damages:
+        raise typer.Exit(LOSS)
+
+
+_SHOWN: Final[dict[str, Callable[[Any], str]]] = {
+    "segment": lambda number: f"segment {number}",
+    "stream": lambda name: f"stream {name!r}",
+    "field": lambda name: f"field {name!r}",
+    "rows": lambda count: f"{count} rows",
+    "start": lambda start: f"from {start}",
+    "stop": lambda stop: f"to {stop}",
+}
+
+
+def _line(damage: Damage) -> str:
+    where = [show(value) for key, show in _SHOWN.items() if (value := getattr(damage, key))]
+    return f"{', '.join(where)}: {damage.what}" if where else damage.what
+
+
+def _plain(record: Any) -> Any:
+    if isinstance(record, tuple) and hasattr(record, "_asdict"):
+        return {key: _plain(value) for key, value in record._asdict().items()}
+    return [_plain(each) for each in record] if isinstance(record, tuple) else record

@@ -1,0 +1,155 @@
+"""What ``kvstore read --follow`` does, and what all commands that send in time share."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Final, Literal
+
+from kvstore import libc
+from kvstore import store as stores
+from kvstore.cli.capture import write_parts
+from kvstore.cli.terminal import complain, say
+from kvstore.errors import KvstoreError, PacketError
+from kvstore.follow import POLL_S, Cursor, CursorFile
+from kvstore.packets import encode
+from kvstore.schema import Batch, Field
+
+Send = Callable[[Iterator[Batch], list[Field], BinaryIO], object]
+Begin = Literal["start", "end"]
+_STDOUT: Final = 1
+
+
+class Following:
+    """A stream followed to stdout; the cursor file runs behind what was handed over.
+
+    stream_name: of the stream to follow, in the store as it is then.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        stream_name: Callable[[stores.Store], str],
+        fields: list[str] | None,
+        cursor_file: Path | None,
+        begin: Begin,
+    ):
+        self._path = path
+        self._stream_name = stream_name
+        self._fields = fields
+        self._kept = CursorFile(cursor_file) if cursor_file else None
+        self._begin = begin
+        self.losses = 0
+
+    def send(self, send: Send) -> None:
+        """Hand over batch after batch with ``send`` until a signal comes or the reader goes."""
+        with stores.open_store(self._path) as store, stop_signals() as stopped:
+            stop = stop_or_closed(stopped)
+            stream = self._awaited(store, stop)
+            if stream is None:
+                return
+            schema = stream.schema
+            selected = [schema.fields[schema.number(n)] for n in self._fields or schema.names]
+            try:
+                send(self._batches(stream, stop), selected, sys.stdout.buffer)
+            finally:
+                self._save()
+
+    def _awaited(self, store: stores.Store, stop: Callable[[], bool]) -> stores.Stream | None:
+        """The stream, once it is there: a follower may be started before the first writer."""
+        told = False
+        while not stop():
+            name = self._stream_name(store)
+            if name in store:
+                return store[name]
+            if not told:
+                say(f"Waiting for stream {name!r}.")
+            told = True
+            time.sleep(POLL_S)
+        return None
+
+    def _batches(self, stream: stores.Stream, stop: Callable[[], bool]) -> Iterator[Batch]:
+        follower = stream.follow(
+            (self._kept and self._kept.cursor) or self._begin,
+            fields=self._fields,
+            stop=stop,
+            on_damage=self._report,
+            on_gap=self._report,
+            sleep=self._wait,
+        )
+        self._note(follower.cursor)  # begun at the end, it goes on from there next time
+        for cursor, batch in follower:
+            yield batch
+            sys.stdout.buffer.flush()
+            self._note(cursor)
+
+    def _wait(self, seconds: float) -> None:
+        self._save()
+        time.sleep(seconds)
+
+    def _note(self, cursor: Cursor) -> None:
+        if self._kept:
+            self._kept.note(cursor)
+
+    def _save(self) -> None:
+        if self._kept:
+            self._kept.save()
+
+    def _report(self, error: KvstoreError) -> None:
+        self.losses += 1
+        complain(str(error))
+
+
+def send_packets(batches: Iterator[Batch], _: list[Field], file: BinaryIO) -> None:
+    """Write each batch as a packet, at once."""
+    fd = file.fileno()
+    libc.enlarge_pipe(fd)
+    for batch in batches:
+        try:
+            parts = encode(batch)
+        except PacketError as error:  # its packet number and offset are those of an input
+            raise KvstoreError(error.reason) from error
+        write_parts(fd, parts)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM came. A second one interrupts even a write that hangs."""
+    came: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        came.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    for each in before:
+        signal.signal(each, note)
+    try:
+        yield lambda: bool(came)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def stop_or_closed(stopped: Callable[[], bool]) -> Callable[[], bool]:
+    """The wish to stop; raises BrokenPipeError once the reader of stdout is gone.
+
+    Else a follower without news would outlive its reader until the next batch.
+    """
+    reader = select.poll()
+    reader.register(_STDOUT, 0)
+
+    def stop() -> bool:
+        if any(event & select.POLLERR for _, event in reader.poll(0)):
+            raise BrokenPipeError(os.strerror(errno.EPIPE))
+        return stopped()
+
+    return stop
