@@ -1,0 +1,231 @@
+"""How the rows of a range lie in time: rows per bin and silences, from the index.
+
+The index is enough for a batch inside one bin; of one that straddles bins or the range's ends
+the time column is read, so the counts are exact. ``rough_rows`` is the quick one, for `info`:
+it reads the index alone, and of a long stream only a little of that. Memory is a few arrays of
+bins, however long the range. Reads only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from kvstore.errors import DamageError, StoreFormatError
+from kvstore.reading import Scan
+from kvstore.replay import deadlines
+from kvstore.schema import Array
+from kvstore.segment import Entry, Segment, Totals
+from kvstore.timestamps import time_to_ns
+
+BINS: Final = 1024  # a power of two: halved until each bin has something to show
+SILENT_AFTER: Final = 10  # so many rows in a row missing are no accident
+_EVENTS_A_BIN: Final = 8  # fewer, and a regular stream looks ragged
+_BINS_MIN: Final = 8
+_ROUGH_BATCHES: Final = 4000  # index records that a rough look reads of one segment: about 15 ms
+
+
+class Span(NamedTuple):
+    """A stretch of time cut into bins of equal width; both ends are included."""
+
+    start_ns: int
+    stop_ns: int
+    bins: int
+
+    @property
+    def length_s(self) -> float:
+        """From the first to the last instant, in seconds."""
+        return (self.stop_ns - self.start_ns) / 1e9
+
+    def bin_of(self, ns: int) -> int:
+        """The bin of a time, for times outside the first or last."""
+        at = (ns - self.start_ns) * self.bins // (self.stop_ns - self.start_ns + 1)
+        return min(max(at, 0), self.bins - 1)
+
+    def bins_of(self, seconds: Array) -> Array:
+        """The bins of seconds after the start; in order if these are."""
+        scaled = seconds * (self.bins / max(self.length_s, 1e-9))
+        return np.clip(scaled, 0, self.bins - 1).astype(np.intp)
+
+    def edges_s(self) -> Array:
+        """Seconds after the start at which bins begin, and the end."""
+        return np.linspace(0, self.length_s, self.bins + 1)
+
+
+class Survey(NamedTuple):
+    """Rows of a range by bin. events: of equal times in a batch, as in a packet, one counts."""
+
+    span: Span
+    rows: Array
+    events: Array
+    batches: int
+
+    @property
+    def total_rows(self) -> int:
+        """All rows of the range."""
+        return int(self.rows.sum())
+
+    def coarser(self, bins_max: int) -> Survey:
+        """Bins joined by twos, until the typical one that is not empty has some events."""
+        found = self
+        while found.span.bins > _BINS_MIN and (
+            found.span.bins > bins_max or found.typical_events() < _EVENTS_A_BIN
+        ):
+            rows, events = (a.reshape(-1, 2).sum(axis=1) for a in (found.rows, found.events))
+            span = found.span._replace(bins=found.span.bins // 2)
+            found = Survey(span, rows, events, self.batches)
+        return found
+
+    def typical_events(self) -> float:
+        """The median of the bins that are not empty."""
+        there = self.events[self.events > 0]
+        return float(np.median(there)) if len(there) else 0.0
+
+    def silences(self) -> list[tuple[float, float]]:
+        """Stretches without rows where about SILENT_AFTER or more were to be expected.
+
+        In seconds after the start, as exact as the bins are narrow.
+        """
+        coarse = self.coarser(self.span.bins)
+        expected = coarse.typical_events() * coarse.span.bins / self.span.bins
+        edges = self.span.edges_s()
+        there = np.flatnonzero(self.events)
+        return [
+            (float(edges[before + 1]), float(edges[after]))
+            for before, after in pairwise(there.tolist())
+            if (after - before - 1) * expected >= SILENT_AFTER
+        ]
+
+
+def survey(scan: Scan) -> Survey | None:
+    """Count a range's rows by bin; None where there are none. Damaged batches go to on_damage."""
+    span = span_of(scan, BINS)
+    if span is None:
+        return None
+    found = Survey(span, np.zeros(BINS, np.int64), np.zeros(BINS, np.int64), 0)
+    batches = 0
+    for segment, entry in scan.entries():
+        batches += 1
+        _count(scan, found, segment, entry)
+    found = found._replace(batches=batches)
+    return found if found.total_rows else None
+
+
+def span_of(scan: Scan, bins: int) -> Span | None:
+    """The part of the range between the stream's first and last row; None if there is none."""
+    totals = scan.state.stream_totals(scan.info.stream_id)
+    if not totals.rows or not scan.range.overlaps(totals.first, totals.last):
+        return None
+    dtype = scan.info.schema.time_dtype
+    start = time_to_ns(max(totals.first, scan.range.start), dtype)
+    return Span(start, time_to_ns(min(totals.last, scan.range.stop), dtype), bins)
+
+
+def rows_inside(scan: Scan, segment: Segment, entry: Entry) -> tuple[slice, Array] | None:
+    """Which rows of a batch lie in the range, and their times; None where damaged or none do."""
+    try:
+        times = scan.times(segment, entry)
+    except (DamageError, StoreFormatError) as error:
+        scan.damaged(entry, error)
+        return None
+    inside = scan.range.rows(times)
+    return (inside, times[inside]) if inside.start < inside.stop else None
+
+
+def _count(scan: Scan, found: Survey, segment: Segment, entry: Entry) -> None:
+    dtype, span = scan.info.schema.time_dtype, found.span
+    low, high = (span.bin_of(time_to_ns(end, dtype)) for end in (entry.first, entry.last))
+    if low == high and scan.range.covers(entry.first, entry.last):
+        found.rows[low] += entry.rows
+        found.events[low] += 1 if entry.first == entry.last else entry.rows
+        return
+    inside = rows_inside(scan, segment, entry)
+    if inside is None:
+        return
+    bins = span.bins_of(deadlines(inside[1], span.start_ns))
+    found.rows[:] += np.bincount(bins, minlength=span.bins)
+    fresh = np.r_[True, inside[1][1:] != inside[1][:-1]]
+    found.events[:] += np.bincount(bins[fresh], minlength=span.bins)
+
+
+# ---- at a glance ----
+
+
+def rough_rows(scan: Scan, bins: int) -> Array:
+    """About how many rows each bin has, in milliseconds; no bins where the stream is empty.
+
+    A batch that straddles bins counts evenly in each. A segment narrower than a bin is taken
+    from its summary; one of very many batches by the sequence at which each bin begins.
+    """
+    span = span_of(scan, bins)
+    if span is None:
+        return np.zeros(0)
+    rows = np.zeros(bins)
+    for number, totals in _per_segment(scan):
+        width = len(_bins_between(scan, span, totals))
+        if width == 1 or totals.batches == 1:
+            _spread(scan, span, rows, totals)
+            continue
+        try:
+            segment = scan.open_segment(number)
+        except StoreFormatError:  # a damaged segment: a glance goes by its summary
+            _spread(scan, span, rows, totals)
+            continue
+        try:
+            look = _by_sequence if totals.batches > _ROUGH_BATCHES else _by_entry
+            look(scan, span, rows, segment, totals)
+        finally:
+            segment.close()
+    return rows
+
+
+def _per_segment(scan: Scan) -> Iterator[tuple[int, Totals]]:
+    held = {number: sealed.totals for number, sealed in scan.state.sealed.items()}
+    for number, totals in {**held, scan.state.number: scan.state.totals}.items():
+        found = totals.get(scan.info.stream_id, Totals())
+        if found.rows:
+            yield number, found
+
+
+def _by_entry(scan: Scan, span: Span, rows: Array, segment: Segment, _: Totals) -> None:
+    for entry in segment.entries(
+        scan.info.stream_id, span.start_ns, span.stop_ns, on_damage=_ignore
+    ):
+        _spread(scan, span, rows, entry)
+
+
+def _by_sequence(scan: Scan, span: Span, rows: Array, segment: Segment, totals: Totals) -> None:
+    """Batches between the starts of two bins: the difference of their sequences."""
+    inside = _bins_between(scan, span, totals)
+    width_ns = (span.stop_ns - span.start_ns + 1) / span.bins
+    starts = [span.start_ns + int(width_ns * each) for each in inside]
+    found = [_first_sequence(scan, segment, ns, span.stop_ns) for ns in starts]
+    ends = [totals.next_sequence if each is None else each for each in found]
+    batches = np.maximum(np.diff([*ends, totals.next_sequence]), 0)
+    rows[inside.start : inside.stop] += batches * (totals.rows / totals.batches)
+
+
+def _first_sequence(scan: Scan, segment: Segment, start_ns: int, stop_ns: int) -> int | None:
+    dtype = scan.info.schema.time_dtype
+    for entry in segment.entries(scan.info.stream_id, start_ns, stop_ns, on_damage=_ignore):
+        if time_to_ns(entry.last, dtype) >= start_ns:
+            return entry.sequence
+    return None
+
+
+def _bins_between(scan: Scan, span: Span, part: Entry | Totals) -> range:
+    dtype = scan.info.schema.time_dtype
+    low, high = (span.bin_of(time_to_ns(end, dtype)) for end in (part.first, part.last))
+    return range(low, high + 1)
+
+
+def _spread(scan: Scan, span: Span, rows: Array, part: Entry | Totals) -> None:
+    inside = _bins_between(scan, span, part)
+    rows[inside.start : inside.stop] += part.rows / len(inside)
+
+
+def _ignore(_: Any) -> None:
+    """A glance names no damage: reading and verify do."""
