@@ -89,13 +89,31 @@ class Survey(NamedTuple):
 
         In seconds after the start, as exact as the bins are narrow.
         """
+        edges = self.span.edges_s()
+        return [(float(edges[low]), float(edges[high])) for low, high in self._silent_bins()]
+
+    def steps(self, bins_max: int) -> tuple[Array, Array]:
+        """Edges in seconds after the start, and the rows between them: coarser bins.
+
+        Silences have bins of their own, so that none is half in one.
+        """
+        width = self.span.bins / self.coarser(bins_max).span.bins
+        ends = [0, *(end for silent in self._silent_bins() for end in silent), self.span.bins]
+        cuts = [0]
+        for number, (low, high) in enumerate(pairwise(ends)):
+            is_silent = number % 2 == 1
+            pieces = 1 if is_silent else max(round((high - low) / width), 1)
+            cuts += np.rint(np.linspace(low, high, pieces + 1)[1:]).astype(int).tolist()
+        at = np.unique(cuts)
+        return self.span.edges_s()[at], np.add.reduceat(self.rows, at[:-1])
+
+    def _silent_bins(self) -> list[tuple[int, int]]:
         coarse = self.coarser(self.span.bins)
         expected = coarse.typical_events() * coarse.span.bins / self.span.bins
-        edges = self.span.edges_s()
-        there = np.flatnonzero(self.events)
+        there = [-1, *np.flatnonzero(self.events).tolist(), self.span.bins]
         return [
-            (float(edges[before + 1]), float(edges[after]))
-            for before, after in pairwise(there.tolist())
+            (before + 1, after)
+            for before, after in pairwise(there)
             if (after - before - 1) * expected >= SILENT_AFTER
         ]
 

@@ -31,7 +31,9 @@ FLOORS = (
     ("commit", "reading"),
     ("writer", "follow", "replay", "export"),
     ("store",),
-    ("retention", "check", "verify", "salvage", "recover", "backup", "ingest", "plots"),
+    ("retention", "check", "verify", "salvage", "recover", "backup", "ingest"),
+    ("survey",),
+    ("plots",),
     ("telemetry", "dayfiles"),
     ("__init__",),
     ("cli",),
@@ -44,6 +46,7 @@ THIRD_PARTY = {
     "environment": {"lmdb"},
     "codec": {"numcodecs", "lz4", "xxhash", "msgpack"},
     "cli": {"typer", "rich"},
+    "plots": {"matplotlib"},
     "export": {"pyarrow", "pandas", "h5py", "zarr", "xarray", "torch"},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -43,7 +44,7 @@ _PROFILE_IN: Final = 2.6
 _IMAGE_IN: Final = 3.0
 _ROW_IMAGE_IN: Final = 4.0
 _IMAGES_ACROSS: Final = 3
-_TEXT_IN: Final = 0.22
+_TEXT_IN: Final = 0.19
 _READABLE: Final = 0.55  # of these sizes
 _WIDTH_IN_MIN: Final = 4.0
 
@@ -164,8 +165,8 @@ def _chosen(target: Stream, names: Sequence[str] | None) -> list[Field]:
     for field in chosen:
         if not plottable(field):
             raise KvstoreError(
-                f"field {field.name!r} ({field.np_dtype}, shape {field.shape}) has no picture: "
-                "text, dates with a shape and rows of over 4 million values have none; leave it out"
+                f"field {field.name!r} of shape {field.shape} has no picture: text, dates with "
+                "a shape and rows of over 4 million values have none; leave it out"
             )
     return chosen
 
@@ -236,7 +237,7 @@ def _images(height_in: float, images: Sequence[tuple[str, Field, Array]]) -> _Se
             )
             each.set_xlabel(later, fontsize=8)
         first = images[0][1]
-        axes[0].set_ylabel(panels.beside(f"{panels.short(first.name)}, first index"))
+        axes[0].set_ylabel(f"{panels.short(first.name)}\nfirst index")
 
     return _Section(height_in, draw)
 
@@ -257,7 +258,7 @@ def _of_row(found: Row, fields: Sequence[Field]) -> list[_Section]:
     sections = _worded(words)
     images = []
     for field in there:
-        values = _flat(numbers_of(found.values[field.name]))
+        values = _flat(numbers_of(found.values[field.name])[0])
         if values.ndim == 1:
             sections.append(_profile_of_row(field, values))
         elif values.ndim == 2:  # noqa: PLR2004
@@ -299,7 +300,9 @@ def _extent(target: Stream, found: Survey) -> str:
         return f"1 {_noun(target).removesuffix('s')} at {ends[0]}"
     if ends[0] == ends[1]:
         return f"{rows}, all at {ends[0]}"
-    return f"{rows} from {ends[0]} to {ends[1]}"
+    if ends[0][:10] == ends[1][:10]:
+        ends[1] = ends[1][11:]
+    return f"{rows} from {ends[0].removesuffix(' UTC')} to {ends[1]}"
 
 
 def _share(found: Survey, summary: Digest) -> str:
@@ -376,6 +379,10 @@ def _whereabouts(target: Stream, scan: Scan) -> str:
     return f"The stream has rows from {ends[0]} to {ends[1]} UTC."
 
 
+def _wrapped(lines: Sequence[str], width: float) -> str:
+    return "\n".join(textwrap.fill(line, int(width)) for line in lines if line)
+
+
 def _composed(
     heading: str,
     notes: Sequence[str],
@@ -390,9 +397,8 @@ def _composed(
             f"need {_WIDTH_IN_MIN:g} x {needed_in * _READABLE:.1f}; fewer fields, or a larger size"
         )
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
-    title, _, second = heading.partition("\n")
-    figure.suptitle(f"{title}\n{second}", fontsize=11)
-    if said := "\n".join(filter(None, notes)):
+    figure.suptitle(_wrapped(heading.split("\n"), width_in * 10), fontsize=11)
+    if said := _wrapped(notes, width_in * 14):
         figure.supxlabel(said, fontsize=8, color="#555555", x=0.01, ha="left")
     heights = [section.height_in for section in sections]
     if heights:

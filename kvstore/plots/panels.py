@@ -65,11 +65,11 @@ def _drawn_quantity(field: Field) -> str:
 
 def rate(axes: Any, survey: Survey, noun: str, time: TimeAxis, marks: Sequence[Mark]) -> None:
     """Rows per time as steps from zero; needs a span that is longer than nothing."""
-    coarse = survey.coarser(_RATE_BINS_MAX)
-    per_s = coarse.rows / (coarse.span.length_s / coarse.span.bins)
+    edges_s, rows = survey.steps(_RATE_BINS_MAX)
+    per_s = rows / np.diff(edges_s)
     typical = float(np.median(per_s[per_s > 0]))
     every_s, unit = next((each for each in _RATES if typical * each[0] >= 1), _RATES[-1])
-    edges = time.at(coarse.span.edges_s())
+    edges = time.at(edges_s)
     axes.stairs(per_s * every_s, edges, fill=True, color=BLUE, alpha=0.35, linewidth=0)
     axes.stairs(per_s * every_s, edges, color=BLUE, linewidth=1)
     axes.set_ylim(bottom=0)

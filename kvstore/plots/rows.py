@@ -52,5 +52,5 @@ def _taken(
         found = {field.name: column_of(scan.info.schema, segment, entry, field) for field in fields}
     except StoreFormatError as error:
         raise DamageError(f"the row's batch cannot be read: {error}") from error
-    there = {name: column[at] for name, column in found.items() if column is not None}
+    there = {name: column[at : at + 1] for name, column in found.items() if column is not None}
     return time_to_ns(time, time.dtype), there
