@@ -1,7 +1,7 @@
 """How the rows of a range lie in time: rows per bin and silences, from the index.
 
 The index is enough for a batch inside one bin; of one that straddles bins or the range's ends
-the time column is read, so the counts are exact. ``rough_rows`` is the quick one, for `info`:
+the time column is read, so the counts are exact. ``rough_rates`` is the quick one, for `info`:
 it reads the index alone, and of a long stream only a little of that. Memory is a few arrays of
 bins, however long the range. Reads only.
 """
@@ -18,14 +18,21 @@ from kvstore.errors import DamageError, StoreFormatError
 from kvstore.reading import Scan
 from kvstore.replay import deadlines
 from kvstore.schema import Array
-from kvstore.segment import Entry, Segment, Totals
-from kvstore.timestamps import time_to_ns
+from kvstore.segment import Entry, OnDamage, Segment, Totals
+from kvstore.store import Stream
+from kvstore.timestamps import NS_PER_S, TimeLike, Unit, time_to_ns
 
 BINS: Final = 1024  # a power of two: halved until each bin has something to show
 SILENT_AFTER: Final = 10  # so many rows in a row missing are no accident
 _EVENTS_A_BIN: Final = 8  # fewer, and a regular stream looks ragged
 _BINS_MIN: Final = 8
+_RATES: Final = ((1.0, "s"), (60.0, "min"), (3600.0, "h"), (86400.0, "day"))
 _ROUGH_BATCHES: Final = 4000  # index records that a rough look reads of one segment: about 15 ms
+
+
+def rate_unit(per_s: float) -> tuple[float, str]:
+    """The unit in which a rate is a number of one or more, if there is one: (its seconds, name)."""
+    return next((each for each in _RATES if per_s * each[0] >= 1), _RATES[-1])
 
 
 class Span(NamedTuple):
@@ -38,7 +45,7 @@ class Span(NamedTuple):
     @property
     def length_s(self) -> float:
         """From the first to the last instant, in seconds."""
-        return (self.stop_ns - self.start_ns) / 1e9
+        return (self.stop_ns - self.start_ns) / NS_PER_S
 
     def bin_of(self, ns: int) -> int:
         """The bin of a time, for times outside the first or last."""
@@ -118,6 +125,18 @@ class Survey(NamedTuple):
         ]
 
 
+def scan_of(
+    stream: Stream,
+    start: TimeLike | None = None,
+    stop: TimeLike | None = None,
+    *,
+    unit: Unit | None = None,
+    on_damage: OnDamage | None = None,
+) -> Scan:
+    """The range of a stream as of now, both ends included; the arguments of ``Stream.read``."""
+    return stream._scan(start, stop, unit=unit, inclusive="both", on_damage=on_damage)  # noqa: SLF001  # ranges are decided in one place
+
+
 def survey(scan: Scan) -> Survey | None:
     """Count a range's rows by bin; None where there are none. Damaged batches go to on_damage."""
     span = span_of(scan, BINS)
@@ -172,14 +191,15 @@ def _count(scan: Scan, found: Survey, segment: Segment, entry: Entry) -> None:
 # ---- at a glance ----
 
 
-def rough_rows(scan: Scan, bins: int) -> Array:
-    """About how many rows each bin has, in milliseconds; no bins where the stream is empty.
+def rough_rates(stream: Stream, bins: int) -> Array:
+    """About how many rows a second each bin has; none where there is no stretch of time.
 
-    A batch that straddles bins counts evenly in each. A segment narrower than a bin is taken
+    A batch that straddles bins is taken as even. A segment narrower than a bin is taken
     from its summary; one of very many batches by the sequence at which each bin begins.
     """
+    scan = scan_of(stream, on_damage=_ignore)
     span = span_of(scan, bins)
-    if span is None:
+    if span is None or not span.length_s:
         return np.zeros(0)
     rows = np.zeros(bins)
     for number, totals in _per_segment(scan):
@@ -197,7 +217,7 @@ def rough_rows(scan: Scan, bins: int) -> Array:
             look(scan, span, rows, segment, totals)
         finally:
             segment.close()
-    return rows
+    return rows / (span.length_s / bins)
 
 
 def _per_segment(scan: Scan) -> Iterator[tuple[int, Totals]]:
@@ -241,8 +261,15 @@ def _bins_between(scan: Scan, span: Span, part: Entry | Totals) -> range:
 
 
 def _spread(scan: Scan, span: Span, rows: Array, part: Entry | Totals) -> None:
-    inside = _bins_between(scan, span, part)
-    rows[inside.start : inside.stop] += part.rows / len(inside)
+    dtype = scan.info.schema.time_dtype
+    first, last = (time_to_ns(end, dtype) for end in (part.first, part.last))
+    low, high = span.bin_of(first), span.bin_of(last)
+    if low == high:
+        rows[low] += part.rows
+        return
+    edges = span.edges_s()[low : high + 2]
+    ends = [(first - span.start_ns) / NS_PER_S, (last - span.start_ns) / NS_PER_S]
+    rows[low : high + 1] += part.rows * np.diff(np.interp(edges, ends, [0, 1]))
 
 
 def _ignore(_: Any) -> None:

@@ -1,4 +1,4 @@
-"""``kvstore info``: what a store holds; a table for people, lines for tools, JSON for programs."""
+"""``kvstore info``: what a store holds; tables for people, lines for tools, JSON for programs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ import typer
 
 from kvstore import store as stores
 from kvstore.cli.terminal import quiet_if_closed, size_text
+from kvstore.schema import Array
+from kvstore.survey import rate_unit, rough_rates
 from kvstore.timestamps import format_time
 
+_SPARK_BINS: Final = 40  # fits 80 columns
+_SPARKS: Final = " ▁▂▃▄▅▆▇█"
+_ASCII_SPARKS: Final = " .:-=+*#"  # for terminals without Unicode
 _PER_STREAM: Final = ("rows", "first", "last", "batches", "raw_bytes", "stored_bytes", "ratio")
 
 
@@ -26,16 +31,20 @@ def info(
     """Show what a store holds.
 
     Streams with their fields, rows, time spans, bytes and ratios; segments, the last commit,
-    marks. Takes milliseconds at any size. A terminal gets tables, a pipe lines of words
-    separated by tabs.
+    marks. Takes milliseconds at any size. A terminal gets tables, and of each stream the rate
+    from its first row to its last, about; a pipe gets lines of words separated by tabs.
     """
+    to_terminal = sys.stdout.isatty() and not as_json
     with stores.open_store(path) as store:
         found = _plain(store.info())
+        rates = (
+            {name: rough_rates(store[name], _SPARK_BINS) for name in store} if to_terminal else {}
+        )
     with quiet_if_closed():
         if as_json:
             print(json.dumps(found, indent=2, default=str))
-        elif sys.stdout.isatty():
-            _show_tables(found)
+        elif to_terminal:
+            _show_tables(found, rates)
         else:
             for words in _lines(found):
                 print("\t".join("" if word is None else str(word) for word in words))
@@ -59,10 +68,11 @@ def _described(field: dict[str, Any]) -> list[str]:
     return [field["name"], field["dtype"], shape, field["unit"], field["description"]]
 
 
-def _show_tables(found: dict[str, Any]) -> None:
+def _show_tables(found: dict[str, Any], rates: dict[str, Array]) -> None:
     from rich import box, console, table, text  # noqa: PLC0415  # loaded only where it is shown
 
     terminal = console.Console()
+    sparks = _ASCII_SPARKS if terminal.options.ascii_only else _SPARKS
 
     def show(rows: list[list[str]], title: str = "", header: Sequence[str] = ()) -> None:
         shown = table.Table(
@@ -81,9 +91,22 @@ def _show_tables(found: dict[str, Any]) -> None:
     show(_about_store(found), f"Store {found['path']}")
     for stream in found["streams"]:
         terminal.print()
-        show(_about_stream(stream), f"Stream {stream['name']}")
+        rate = ["rate", _sparkline(rates[stream["name"]], sparks)]
+        show([*_about_stream(stream), rate], f"Stream {stream['name']}")
         fields = [_described(field) for field in stream["fields"]]
         show(fields, header=("field", "dtype", "shape", "unit", "description"))
+
+
+def _sparkline(rates: Array, sparks: str) -> str:
+    """The rate over time as one line of bars; a bin with a row in it is never blank."""
+    if not len(rates):
+        return "-"
+    every_s, unit = rate_unit(float(rates.max()))
+    heights = np.ceil(rates / rates.max() * (len(sparks) - 1)).astype(int)
+    bars = "".join(sparks[height] for height in heights)
+    highest = float(rates.max()) * every_s
+    shown = f"{highest:,.0f}" if highest >= 10 else f"{highest:.2g}"  # noqa: PLR2004
+    return f"{bars}  up to about {shown}/{unit}"
 
 
 def _about_store(found: dict[str, Any]) -> list[list[str]]:

@@ -31,7 +31,7 @@ from kvstore.reading import Scan
 from kvstore.schema import Array, Field
 from kvstore.segment import OnDamage
 from kvstore.store import Store, Stream
-from kvstore.survey import Survey, survey
+from kvstore.survey import Survey, scan_of, survey
 from kvstore.timestamps import TimeLike, Unit, format_time
 
 PERCENTILES: Final = (5.0, 50.0, 95.0)
@@ -84,7 +84,7 @@ def overview(
     chosen = _chosen(target, fields)
     ranks = _checked(percentiles)
     damages = _Damages(on_damage)
-    scan = _scan(target, start, stop, unit, damages)
+    scan = scan_of(target, start, stop, unit=unit, on_damage=damages)
     found = survey(scan)
     if found is None:
         return _empty(store, target, scan, size_in)
@@ -114,7 +114,7 @@ def row(
     """
     target = store[stream]
     chosen = _chosen(target, fields)
-    scan = _scan(target, start, stop, unit, None)
+    scan = scan_of(target, start, stop, unit=unit)
     if number < 0:
         number += target.count(start, stop, unit=unit)
     found = find_row(scan, number, chosen)
@@ -143,17 +143,8 @@ class _Damages:
 
     def note(self) -> str:
         """A line for the figure."""
-        return f"{len(self._seen)} damaged parts are left out." if self._seen else ""
-
-
-def _scan(
-    target: Stream,
-    start: TimeLike | None,
-    stop: TimeLike | None,
-    unit: Unit | None,
-    on_damage: OnDamage | None,
-) -> Scan:
-    return target._scan(start, stop, unit=unit, inclusive="both", on_damage=on_damage)  # noqa: SLF001  # ranges are decided in one place
+        count = len(self._seen)
+        return f"{count} damaged part{'s' if count > 1 else ''} left out." if count else ""
 
 
 def _chosen(target: Stream, names: Sequence[str] | None) -> list[Field]:

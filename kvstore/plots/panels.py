@@ -15,7 +15,7 @@ import numpy as np
 from kvstore.plots.axes import TimeAxis, dated
 from kvstore.plots.digest import Line
 from kvstore.schema import Array, Field
-from kvstore.survey import Survey
+from kvstore.survey import Survey, rate_unit
 
 BLUE: Final = "#0072B2"
 ORANGE: Final = "#E69F00"
@@ -26,7 +26,6 @@ _RATE_BINS_MAX: Final = 256
 _MARKED_POINTS_MAX: Final = 120  # more than that, and points are a thick line
 _NAME_MAX: Final = 40
 _LABEL_MAX: Final = 20
-_RATES: Final = ((1.0, "s"), (60.0, "min"), (3600.0, "h"), (86400.0, "day"))
 _SMALL: Final = 8
 _BAND: Final[dict[str, Any]] = {"color": BLUE, "alpha": 0.25, "linewidth": 0}
 
@@ -68,7 +67,7 @@ def rate(axes: Any, survey: Survey, noun: str, time: TimeAxis, marks: Sequence[M
     edges_s, rows = survey.steps(_RATE_BINS_MAX)
     per_s = rows / np.diff(edges_s)
     typical = float(np.median(per_s[per_s > 0]))
-    every_s, unit = next((each for each in _RATES if typical * each[0] >= 1), _RATES[-1])
+    every_s, unit = rate_unit(typical)
     edges = time.at(edges_s)
     axes.stairs(per_s * every_s, edges, fill=True, color=BLUE, alpha=0.35, linewidth=0)
     axes.stairs(per_s * every_s, edges, color=BLUE, linewidth=1)
