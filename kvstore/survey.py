@@ -19,7 +19,7 @@ from kvstore.reading import Scan
 from kvstore.replay import deadlines
 from kvstore.schema import Array
 from kvstore.segment import Entry, OnDamage, Segment, Totals
-from kvstore.store import Stream
+from kvstore.stream import Stream
 from kvstore.timestamps import NS_PER_S, TimeLike, Unit, time_to_ns
 
 BINS: Final = 1024  # a power of two: halved until each bin has something to show

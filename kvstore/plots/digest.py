@@ -120,7 +120,8 @@ def _step(scan: Scan, survey: Survey, fields: Sequence[Field]) -> float:
     """Of how many batches one is read; 1.0 is all."""
     row_bytes = sum(field.row_bytes for field in fields) + scan.info.schema.time_field.row_bytes
     wanted = survey.total_rows * row_bytes
-    return max(wanted / READ_BYTES_MAX, survey.batches / READ_BATCHES_MAX, 1.0)
+    step = max(wanted / READ_BYTES_MAX, survey.batches / READ_BATCHES_MAX, 1.0)
+    return min(step, survey.batches)  # one at least
 
 
 def _start(survey: Survey, fields: Sequence[Field], step: float) -> list[_LineSums | _ElementSums]:

@@ -30,7 +30,8 @@ from kvstore.plots.rows import Row, find_row
 from kvstore.reading import Scan
 from kvstore.schema import Array, Field
 from kvstore.segment import OnDamage
-from kvstore.store import Store, Stream
+from kvstore.store import Store
+from kvstore.stream import Stream
 from kvstore.survey import Survey, scan_of, survey
 from kvstore.timestamps import TimeLike, Unit, format_time
 

@@ -35,12 +35,12 @@ def find_row(scan: Scan, number: int, fields: Sequence[Field]) -> Row:
             if inside is None:
                 continue
             low, rows = inside[0].start, len(inside[1])
-        if left < rows:
+        if 0 <= left < rows:
             return Row(number, *_taken(scan, segment, entry, fields, low + left))
         left -= rows
     raise KvstoreError(
-        f"row {number}: the range of stream {scan.info.name!r} has {number - left} rows, "
-        "numbered from 0: choose a lower number or a longer range"
+        f"no such row: the range of stream {scan.info.name!r} has {number - left} rows, "
+        "numbered from 0: choose a number below that, or a longer range"
     )
 
 
