@@ -99,6 +99,11 @@ class Survey(NamedTuple):
         edges = self.span.edges_s()
         return [(float(edges[low]), float(edges[high])) for low, high in self._silent_bins()]
 
+    def is_empty(self, start_s: float, stop_s: float) -> bool:
+        """Whether no whole bin between these has a row."""
+        low, high = self.span.bins_of(np.array([start_s, stop_s]))
+        return not self.rows[low + 1 : high].any()
+
     def steps(self, bins_max: int) -> tuple[Array, Array]:
         """Edges in seconds after the start, and the rows between them: coarser bins.
 

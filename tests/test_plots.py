@@ -335,10 +335,41 @@ def test_a_gap_is_shaded_and_never_bridged_by_a_line(room):
     before = np.flatnonzero(seconds < 4 * HOUR + 60)[-1]
     assert np.isnan(values[before + 1])
     assert seconds[before + 2] > 5 * HOUR - 60
-    (shaded,) = [p for p in panel(figure, "rows per min").patches if p.get_label() == "no data"]
-    left, right = shaded.get_x() * 86400 - T0, (shaded.get_x() + shaded.get_width()) * 86400 - T0
-    assert (left, right) == pytest.approx((4 * HOUR, 5 * HOUR), abs=60)
+    assert shaded(figure, "no data") == [pytest.approx((4 * HOUR, 5 * HOUR), abs=60)]
     assert "no data" in words(figure)
+
+
+def shaded(figure, kind):
+    """Ends in seconds after T0 of what is shaded as that, in every panel the same."""
+    found = {}
+    for axes in figure.axes:
+        for collection in axes.collections:
+            if collection.get_label() == kind:
+                xs = [path.vertices[:, 0] * 86400 - T0 for path in collection.get_paths()]
+                found[axes] = [(x.min(), x.max()) for x in xs]
+    assert list(found) == (figure.axes if found else [])
+    first, *others = found.values() or [[]]
+    assert all(other == first for other in others)
+    return first
+
+
+def test_gaps_that_the_store_recorded_are_shaded_by_kind(path):
+    ends = {"start_ns": round((T0 + 600) * 1e9), "stop_ns": round((T0 + 700) * 1e9)}
+    with kvstore.open(path, mode="w", settings=kvstore.Settings(gap_after_s=15)) as store:
+        stream = store.stream("room", ROOM)
+        for at in (0, 1000, 3000, 4020, 2000):  # the last comes late, and fills its silence
+            stream.append(room_rows(T0 + at + np.arange(0, 1000, 10.0)))
+        store.note_gap("unclean_stop", **ends)
+        store.note_gap("damaged", "other", **ends)
+        store.note_gap("rejected", "room", start_ns=0, stop_ns=10)
+        store.flush()
+        kinds = [gap.kind for gap in store.gaps() if gap.stream in ("", "room")]
+        assert kinds.count("silence") > 1
+        figure = plots.overview(store, "room", fields=["volts"])
+    assert shaded(figure, "unclean stop") == [pytest.approx((600, 700), abs=0.01)]
+    assert shaded(figure, "no data") == [pytest.approx((3990, 4020), abs=0.01)]
+    assert shaded(figure, "damaged") == []  # of another stream
+    assert shaded(figure, "rejected") == []  # long before
 
 
 @pytest.mark.parametrize(

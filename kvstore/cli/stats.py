@@ -13,13 +13,17 @@ import typer
 
 from kvstore import store as stores
 from kvstore.cli.terminal import quiet_if_closed, size_text
+from kvstore.gaps import KINDS, Gap
 from kvstore.schema import Array
+from kvstore.settings import Pin
 from kvstore.survey import rate_unit, rough_rates
-from kvstore.timestamps import format_time
+from kvstore.timestamps import MAX_NS, MIN_NS, format_time
 
 _SPARK_BINS: Final = 40  # fits 80 columns
 _SPARKS: Final = " ▁▂▃▄▅▆▇█"
 _ASCII_SPARKS: Final = " .:-=+*#"  # for terminals without Unicode
+_GAPS_SHOWN: Final = 5
+_TO_THE_MS: Final = len("2026-02-17 15:32:37.250")
 _PER_STREAM: Final = ("rows", "first", "last", "batches", "raw_bytes", "stored_bytes", "ratio")
 
 
@@ -31,12 +35,12 @@ def info(
     """Show what a store holds.
 
     Streams with their fields, rows, time spans, bytes and ratios; segments, the last commit,
-    marks. Takes milliseconds at any size. A terminal gets tables, and of each stream the rate
-    from its first row to its last, about; a pipe gets lines of words separated by tabs.
+    marks, pins, gaps. Takes milliseconds at any size. A terminal gets tables, and the rate of
+    each stream from its first row to its last, about; a pipe lines of words separated by tabs.
     """
     to_terminal = sys.stdout.isatty() and not as_json
     with stores.open_store(path) as store:
-        found = _plain(store.info())
+        found = _plain(store)
         rates = (
             {name: rough_rates(store[name], _SPARK_BINS) for name in store} if to_terminal else {}
         )
@@ -52,10 +56,14 @@ def info(
 
 def _lines(found: dict[str, Any]) -> Iterator[list[Any]]:
     for key, value in found.items():
-        if key not in ("streams", "marks"):
+        if key not in ("streams", "marks", "pins", "gaps"):
             yield ["store", key, value]
     for name, value in found["marks"].items():
         yield ["mark", name, value]
+    for pin in found["pins"]:
+        yield ["pin", *pin.values()]
+    for kind, count in found["gaps"]["count"].items():
+        yield ["gaps", kind, count]
     for stream in found["streams"]:
         for key in _PER_STREAM:
             yield ["stream", stream["name"], key, stream[key]]
@@ -89,6 +97,17 @@ def _show_tables(found: dict[str, Any], rates: dict[str, Array]) -> None:
         terminal.print(shown)
 
     show(_about_store(found), f"Store {found['path']}")
+    if found["pins"]:
+        terminal.print()
+        show(
+            [[f"pin {p['id']}", _and_words(_stretch(p), p["label"])] for p in found["pins"]], "Pins"
+        )
+    if newest := found["gaps"]["newest"]:
+        terminal.print()
+        show(
+            [[_gap_text(gap), _and_words(_stretch(gap), gap["detail"])] for gap in newest],
+            "Newest gaps",
+        )
     for stream in found["streams"]:
         terminal.print()
         rate = ["rate", _sparkline(rates[stream["name"]], sparks)]
@@ -117,7 +136,32 @@ def _about_store(found: dict[str, Any]) -> list[list[str]]:
         ["last commit", found["last_commit"] or "never"],
         ["id", found["store_id"]],
     ]
+    if counts := found["gaps"]["count"]:
+        words = [f"{count:,} {kind}" for kind, count in counts.items()]
+        rows.append(["gaps", ", ".join(words)])
     return rows + [[f"mark {name}", str(value)] for name, value in found["marks"].items()]
+
+
+def _stretch(of: dict[str, Any]) -> str:
+    """From when to when, to the ms; a day is named once."""
+    start, stop = (
+        end.removesuffix("+00:00").replace("T", " ")[:_TO_THE_MS] if end else None
+        for end in (of["start"], of["stop"])
+    )
+    if start and stop:
+        if start == stop:
+            return f"{start} UTC"
+        return f"{start} to {stop[11:] if stop[:10] == start[:10] else stop} UTC"
+    return f"from {start} UTC" if start else f"up to {stop} UTC" if stop else "all times"
+
+
+def _and_words(text: str, words: str) -> str:
+    return f"{text}: {words}" if words else text
+
+
+def _gap_text(gap: dict[str, Any]) -> str:
+    text = f"{gap['kind']} {gap['stream']}".strip()
+    return f"{text}, {gap['rows']:,} rows" if gap["rows"] else text
 
 
 def _about_stream(stream: dict[str, Any]) -> list[list[str]]:
@@ -135,7 +179,8 @@ def _bytes_text(of: dict[str, Any]) -> str:
     return f"{text}, ratio {of['ratio']}" if of["ratio"] else text
 
 
-def _plain(found: stores.StoreInfo) -> dict[str, Any]:
+def _plain(store: stores.Store) -> dict[str, Any]:
+    found = store.info()
     raw = sum(each.raw_bytes for each in found.streams)
     stored = sum(each.stored_bytes for each in found.streams)
     return {
@@ -149,7 +194,41 @@ def _plain(found: stores.StoreInfo) -> dict[str, Any]:
         "created": _iso(found.created_ns),
         "last_commit": _iso(found.last_commit_ns) if found.last_commit_ns else None,
         "marks": found.marks,
+        "pins": [_plain_pin(pin) for pin in store.pins()],
+        "gaps": _plain_gaps(store.gaps()),
         "streams": [_plain_stream(each) for each in found.streams],
+    }
+
+
+def _plain_pin(pin: Pin) -> dict[str, Any]:
+    ends = pin.start_ns > MIN_NS, pin.stop_ns < MAX_NS
+    return {
+        "id": pin.pin_id,
+        "start": _iso(pin.start_ns) if ends[0] else None,
+        "stop": _iso(pin.stop_ns) if ends[1] else None,
+        "label": pin.label,
+        "created": _iso(pin.created_ns),
+    }
+
+
+def _plain_gaps(gaps: Sequence[Gap]) -> dict[str, Any]:
+    """How many of each kind, and the newest few; `kvstore gaps` has them all."""
+    counts = {kind: sum(gap.occurrences for gap in gaps if gap.kind == kind) for kind in KINDS}
+    newest = sorted(gaps, key=lambda gap: gap.recorded_ns, reverse=True)[:_GAPS_SHOWN]
+    return {
+        "count": {kind: count for kind, count in counts.items() if count},
+        "newest": [
+            {
+                "kind": gap.kind,
+                "stream": gap.stream,
+                "start": _iso(gap.start_ns),
+                "stop": _iso(gap.stop_ns),
+                "rows": gap.rows,
+                "detail": gap.detail,
+                "recorded": _iso(gap.recorded_ns),
+            }
+            for gap in newest
+        ],
     }
 
 

@@ -33,7 +33,7 @@ from kvstore.segment import OnDamage
 from kvstore.store import Store
 from kvstore.stream import Stream
 from kvstore.survey import Survey, scan_of, survey
-from kvstore.timestamps import TimeLike, Unit, format_time
+from kvstore.timestamps import NS_PER_S, TimeLike, Unit, format_time
 
 PERCENTILES: Final = (5.0, 50.0, 95.0)
 PANELS_MAX: Final = 12  # without a choice of fields: more would be a wall
@@ -48,6 +48,9 @@ _IMAGES_ACROSS: Final = 3
 _TEXT_IN: Final = 0.19
 _READABLE: Final = 0.55  # of these sizes
 _WIDTH_IN_MIN: Final = 4.0
+
+
+_KIND_NAMES: Final = {"silence": panels.SILENCE}
 
 
 class _Section(NamedTuple):
@@ -90,7 +93,8 @@ def overview(
     if found is None:
         return _empty(store, target, scan, size_in)
     summary = digest(scan, found, [f for f in chosen if plottable(f)], ranks, on_progress)
-    sections = [*_over_time(target, found, summary), *_by_element(summary)]
+    marks = _marks(store, target, found)
+    sections = [*_over_time(target, found, summary, marks), *_by_element(summary)]
     heading = f"{_name(store, target)}\n{_extent(target, found)}"
     notes = [_share(found, summary), _left_out(target, chosen), damages.note()]
     return _composed(heading, notes, sections, size_in)
@@ -173,13 +177,36 @@ def _checked(percentiles: Sequence[float]) -> list[float]:
 # ---- panels ----
 
 
-def _over_time(target: Stream, found: Survey, summary: Digest) -> list[_Section]:
+def _marks(store: Store, target: Stream, found: Survey) -> list[Mark]:
+    """The gaps that the store recorded in this range, and silences that the rows show.
+
+    A silence as rows arrive that late ones filled is none here.
+    """
+    span = found.span
+    recorded = []
+    for gap in store.gaps():
+        start, stop = max(gap.start_ns, span.start_ns), min(gap.stop_ns, span.stop_ns)
+        if gap.stream in ("", target.name) and start <= stop:
+            ends = ((end - span.start_ns) / NS_PER_S for end in (start, stop))
+            recorded.append(Mark(_KIND_NAMES.get(gap.kind, gap.kind.replace("_", " ")), *ends))
+    kept = [m for m in recorded if m.kind != panels.SILENCE or found.is_empty(m.start_s, m.stop_s)]
+    known = [mark for mark in kept if mark.kind == panels.SILENCE]
+    seen = [
+        Mark(panels.SILENCE, start, stop)
+        for start, stop in found.silences()
+        if not any(mark.start_s < stop and start < mark.stop_s for mark in known)
+    ]
+    return seen + kept
+
+
+def _over_time(
+    target: Stream, found: Survey, summary: Digest, marks: Sequence[Mark]
+) -> list[_Section]:
     lines = [each for each in summary.fields if isinstance(each, Line)]
     if found.span.start_ns == found.span.stop_ns:
         return _worded([_line_words(each) for each in lines])
     time = TimeAxis(found.span)
-    silences = found.silences()
-    marks = [Mark("no data", start, stop) for start, stop in silences]
+    silences = [mark[1:] for mark in marks if mark.kind == panels.SILENCE]
     banded = [number for number, line in enumerate(lines) if panels.has_band(line)]
     heights = [_RATE_IN, *[_LINE_IN] * len(lines)]
 

@@ -18,9 +18,17 @@ from kvstore.schema import Array, Field
 from kvstore.survey import Survey, rate_unit
 
 BLUE: Final = "#0072B2"
-ORANGE: Final = "#E69F00"
-GREY: Final = "#BBBBBB"
-_COLOURS: Final = {"mean": BLUE, "no data": GREY}
+_OTHER: Final = "#F0E442"
+SILENCE: Final = "no data"
+_KINDS: Final = {
+    SILENCE: "#BBBBBB",
+    "dropped": "#CC79A7",
+    "damaged": "#D55E00",
+    "rejected": "#E69F00",
+    "clock back": "#009E73",
+    "clock ahead": "#56B4E9",
+    "unclean stop": "#000000",
+}
 _MAP: Final = "cividis"
 _RATE_BINS_MAX: Final = 256
 _MARKED_POINTS_MAX: Final = 120  # more than that, and points are a thick line
@@ -164,20 +172,21 @@ def nothing(axes: Any, words: str) -> None:
 
 
 def shade(axes: Any, time: TimeAxis, marks: Sequence[Mark]) -> None:
-    """Shade stretches; thin ones keep an outline that can be seen."""
-    seen: set[str] = set()
-    for mark in marks:
-        colour = _COLOURS.get(mark.kind, ORANGE)
-        axes.axvspan(
-            time.at(mark.start_s),
-            time.at(mark.stop_s),
-            facecolor=colour,
-            edgecolor=colour,
-            alpha=0.4,
+    """Shade stretches, a colour for each kind; thin ones keep an outline that can be seen."""
+    for kind in dict.fromkeys(mark.kind for mark in marks):
+        ends = [(mark.start_s, mark.stop_s, np.nan) for mark in marks if mark.kind == kind]
+        colour = _KINDS.get(kind, _OTHER)
+        axes.fill_between(
+            time.at(np.ravel(ends)),
+            0,
+            1,
+            transform=axes.get_xaxis_transform(),
+            facecolor=(colour, 0.4),
+            edgecolor=(colour, 0.9),
             linewidth=0.8,
-            label=None if mark.kind in seen else mark.kind,
+            zorder=0.5,
+            label=kind,
         )
-        seen.add(mark.kind)
 
 
 def legend(axes: Any, wanted: Sequence[str] = ()) -> None:
