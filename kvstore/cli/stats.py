@@ -12,6 +12,7 @@ import numpy as np
 import typer
 
 from kvstore import store as stores
+from kvstore.cli.limits import plain_gap
 from kvstore.cli.terminal import quiet_if_closed, size_text
 from kvstore.gaps import KINDS, Gap
 from kvstore.schema import Array
@@ -212,23 +213,12 @@ def _plain_pin(pin: Pin) -> dict[str, Any]:
 
 
 def _plain_gaps(gaps: Sequence[Gap]) -> dict[str, Any]:
-    """How many of each kind, and the newest few; `kvstore gaps` has them all."""
+    """How many events of each kind, and the newest few gaps; `kvstore gaps` has them all."""
     counts = {kind: sum(gap.occurrences for gap in gaps if gap.kind == kind) for kind in KINDS}
     newest = sorted(gaps, key=lambda gap: gap.recorded_ns, reverse=True)[:_GAPS_SHOWN]
     return {
         "count": {kind: count for kind, count in counts.items() if count},
-        "newest": [
-            {
-                "kind": gap.kind,
-                "stream": gap.stream,
-                "start": _iso(gap.start_ns),
-                "stop": _iso(gap.stop_ns),
-                "rows": gap.rows,
-                "detail": gap.detail,
-                "recorded": _iso(gap.recorded_ns),
-            }
-            for gap in newest
-        ],
+        "newest": [plain_gap(gap) for gap in newest],
     }
 
 
