@@ -386,6 +386,8 @@ def test_very_few_rows_still_make_a_picture(path, times, said):
         shown = words(figure)
         assert said in shown
         assert "volts / V" in shown
+        if times[0] == times[-1]:
+            assert "seen:  2026-02-17 15:32:37.25 UTC" in shown
 
 
 def test_an_empty_range_says_so_and_where_rows_are(room):
@@ -554,6 +556,7 @@ def test_damage_is_reported_once_and_noted_in_the_figure(broken_path):
         figure = plots.overview(store, "room", fields=["volts"], on_damage=seen.append)
         assert len(seen) == 1
         assert "1 damaged part left out" in words(figure)
+        assert "sample" not in words(figure)
         assert len(plots.overview(store, "room", fields=["door"]).axes) == 2  # not touched by it
 
 

@@ -44,13 +44,16 @@ class TimeAxis:
         if self._relative:
             axes.set_xlabel(f"Time after {text_of(self._start_ns)} / {self._unit}")
         else:
-            dated(axes.xaxis, max(3, int(width_in * 0.9)))
+            dated(axes.xaxis, int(width_in * 0.9))
             axes.set_xlabel("Time / UTC")
 
 
 def dated(axis: Any, ticks_max: int) -> None:
-    """Ticks of an axis in days since 1970, in UTC."""
-    locator = dates.AutoDateLocator(tz=UTC, minticks=min(3, ticks_max), maxticks=ticks_max)
+    """Ticks of an axis in days since 1970, in UTC; up to five at any rate.
+
+    With fewer, AutoDateLocator finds no interval for two days: it has none between 12 h and one.
+    """
+    locator = dates.AutoDateLocator(tz=UTC, minticks=2, maxticks=max(ticks_max, 5))
     axis.set_major_locator(locator)
     axis.set_major_formatter(dates.ConciseDateFormatter(locator, tz=UTC))
 

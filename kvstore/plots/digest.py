@@ -58,11 +58,15 @@ class Elements(NamedTuple):
 
 
 class Digest(NamedTuple):
-    """Summaries by field, in the order asked for, and of how much they are."""
+    """Summaries by field, in the order asked for, of how many rows and batches.
+
+    step: one of so many batches was read; 1 is all.
+    """
 
     fields: tuple[Line | Elements, ...]
     rows: int
     batches: int
+    step: float
 
 
 def plottable(field: Field) -> bool:
@@ -105,7 +109,7 @@ def digest(
             else:
                 each.add(seconds, column[inside[0]])
         rows, batches = rows + len(seconds), batches + 1
-    return Digest(tuple(each.result(percentiles) for each in sums), rows, batches)
+    return Digest(tuple(each.result(percentiles) for each in sums), rows, batches, step)
 
 
 def column_of(schema: Schema, segment: Segment, entry: Entry, field: Field) -> Array | None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from kvstore.errors import DamageError, KvstoreError
 from kvstore.ingest import PARTICLES
-from kvstore.plots import panels
-from kvstore.plots.axes import RELATIVE_BELOW_S, TimeAxis, text_of
+from kvstore.plots import panels, words
+from kvstore.plots.axes import TimeAxis, text_of
 from kvstore.plots.digest import (
     Digest,
     Elements,
@@ -33,7 +31,7 @@ from kvstore.segment import OnDamage
 from kvstore.store import Store
 from kvstore.stream import Stream
 from kvstore.survey import Survey, scan_of, survey
-from kvstore.timestamps import NS_PER_S, TimeLike, Unit, format_time
+from kvstore.timestamps import NS_PER_S, TimeLike, Unit
 
 PERCENTILES: Final = (5.0, 50.0, 95.0)
 PANELS_MAX: Final = 12  # without a choice of fields: more would be a wall
@@ -95,8 +93,8 @@ def overview(
     summary = digest(scan, found, [f for f in chosen if plottable(f)], ranks, on_progress)
     marks = _marks(store, target, found)
     sections = [*_over_time(target, found, summary, marks), *_by_element(summary)]
-    heading = f"{_name(store, target)}\n{_extent(target, found)}"
-    notes = [_share(found, summary), _left_out(target, chosen), damages.note()]
+    heading = f"{words.name(store, target)}\n{words.extent(target, found)}"
+    notes = [words.share(found, summary), words.left_out(target, chosen), damages.note()]
     return _composed(heading, notes, sections, size_in)
 
 
@@ -124,8 +122,8 @@ def row(
         number += target.count(start, stop, unit=unit)
     found = find_row(scan, number, chosen)
     noun = "Particle" if stream == PARTICLES else "Row"
-    heading = f"{_name(store, target)}\n{noun} {number:,}, {text_of(found.time_ns)}"
-    notes = [_left_out(target, [field for field in chosen if field.name in found.values])]
+    heading = f"{words.name(store, target)}\n{noun} {number:,}, {text_of(found.time_ns)}"
+    notes = [words.left_out(target, [field for field in chosen if field.name in found.values])]
     return _composed(heading, notes, _of_row(found, chosen), size_in)
 
 
@@ -187,6 +185,8 @@ def _marks(store: Store, target: Stream, found: Survey) -> list[Mark]:
     for gap in store.gaps():
         start, stop = max(gap.start_ns, span.start_ns), min(gap.stop_ns, span.stop_ns)
         if gap.stream in ("", target.name) and start <= stop:
+            if gap.kind == "clock_ahead":  # nothing is in between: a line where it arrived
+                start = stop
             ends = ((end - span.start_ns) / NS_PER_S for end in (start, stop))
             recorded.append(Mark(_KIND_NAMES.get(gap.kind, gap.kind.replace("_", " ")), *ends))
     kept = [m for m in recorded if m.kind != panels.SILENCE or found.is_empty(m.start_s, m.stop_s)]
@@ -204,7 +204,7 @@ def _over_time(
 ) -> list[_Section]:
     lines = [each for each in summary.fields if isinstance(each, Line)]
     if found.span.start_ns == found.span.stop_ns:
-        return _worded([_line_words(each) for each in lines])
+        return _worded([words.line_words(each) for each in lines])
     time = TimeAxis(found.span)
     silences = [mark[1:] for mark in marks if mark.kind == panels.SILENCE]
     banded = [number for number, line in enumerate(lines) if panels.has_band(line)]
@@ -214,7 +214,7 @@ def _over_time(
         axes = part.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[
             :, 0
         ]
-        panels.rate(axes[0], found, _noun(target), time, marks)
+        panels.rate(axes[0], found, words.noun(target), time, marks)
         for each, line in zip(axes[1:], lines, strict=True):
             panels.line(each, line, time, silences)
             panels.shade(each, time, marks)
@@ -233,19 +233,23 @@ def _element_section(found: Elements) -> _Section:
     ranks = list(found.percentiles.items())
     if _flat(found.mean).ndim == 1:
         band = (ranks[0][1].reshape(-1), ranks[-1][1].reshape(-1)) if len(ranks) > 1 else None
-        words = f"{ranks[0][0]:g} % to {ranks[-1][0]:g} %" if band else ""
+        legend = f"{ranks[0][0]:g} % to {ranks[-1][0]:g} %" if band else ""
         return _Section(
             _PROFILE_IN,
             lambda part, _: panels.profile(
-                part.subplots(), found.field, _flat(found.mean), band, words
+                part.subplots(), found.field, _flat(found.mean), band, legend
             ),
         )
-    images = [("mean", found.mean), *((_rank_name(rank), each) for rank, each in ranks)]
-    return _images(_IMAGE_IN, [(title, found.field, _flat(each)) for title, each in images])
+    mean = "share true" if found.field.np_dtype.kind == "b" else "mean"
+    images = [(mean, found.mean), *((words.rank_name(rank), each) for rank, each in ranks)]
+    labelled = [(title, found.field, _flat(each)) for title, each in images]
+    return _images(_IMAGE_IN, labelled, f"{panels.short(found.field.name)}\nfirst index")
 
 
-def _images(height_in: float, images: Sequence[tuple[str, Field, Array]]) -> _Section:
-    """Images side by side; the first says what its indices are."""
+def _images(
+    height_in: float, images: Sequence[tuple[str, Field, Array]], first_index: str = "first index"
+) -> _Section:
+    """Images side by side, each with its title; first_index: the label of their y axes."""
 
     def draw(part: Any, _: float) -> None:
         axes = part.subplots(1, len(images), squeeze=False)[0]
@@ -255,8 +259,7 @@ def _images(height_in: float, images: Sequence[tuple[str, Field, Array]]) -> _Se
                 "later indices" if np.squeeze(values).ndim < len(field.shape) else "second index"
             )
             each.set_xlabel(later, fontsize=8)
-        first = images[0][1]
-        axes[0].set_ylabel(f"{panels.short(first.name)}\nfirst index")
+        axes[0].set_ylabel(first_index)
 
     return _Section(height_in, draw)
 
@@ -269,12 +272,12 @@ def _flat(values: Array) -> Array:
 
 def _of_row(found: Row, fields: Sequence[Field]) -> list[_Section]:
     there = [field for field in fields if field.name in found.values]
-    words = [
-        f"{panels.quantity(field)}:  {_value_text(found.values[field.name], field)}"
+    lines = [
+        f"{panels.quantity(field)}:  {words.value_text(found.values[field.name], field)}"
         for field in there
         if is_scalar(field)
     ]
-    sections = _worded(words)
+    sections = _worded(lines)
     images = []
     for field in there:
         values = _flat(numbers_of(found.values[field.name])[0])
@@ -300,76 +303,6 @@ def _worded(lines: list[str]) -> list[_Section]:
     return [_Section(height_in, lambda part, _: panels.values(part.subplots(), lines))]
 
 
-# ---- words ----
-
-
-def _name(store: Store, target: Stream) -> str:
-    return f"{panels.short(Path(store.path).absolute().name)}: {panels.short(target.name)}"
-
-
-def _noun(target: Stream) -> str:
-    return "particles" if target.name == PARTICLES else "rows"
-
-
-def _extent(target: Stream, found: Survey) -> str:
-    digits = 3 if found.span.length_s > RELATIVE_BELOW_S else 9
-    ends = [text_of(ns, digits) for ns in (found.span.start_ns, found.span.stop_ns)]
-    rows = f"{found.total_rows:,} {_noun(target)}"
-    if found.total_rows == 1:
-        return f"1 {_noun(target).removesuffix('s')} at {ends[0]}"
-    if ends[0] == ends[1]:
-        return f"{rows}, all at {ends[0]}"
-    if ends[0][:10] == ends[1][:10]:
-        ends[1] = ends[1][11:]
-    return f"{rows} from {ends[0].removesuffix(' UTC')} to {ends[1]}"
-
-
-def _share(found: Survey, summary: Digest) -> str:
-    sampled = [each.sampled_rows for each in summary.fields if isinstance(each, Elements)]
-    read = f"{summary.rows:,} of {found.total_rows:,} rows"
-    words = []
-    if summary.rows < found.total_rows:
-        words.append(f"Fields show a random sample, evenly over time: {read}.")
-    if sampled and min(sampled) < summary.rows:
-        words.append(
-            f"Means are of {summary.rows:,} rows, percentiles of {min(sampled):,} drawn from them."
-        )
-    missing = {each.field.name: each.missing for each in summary.fields if each.missing}
-    if missing:
-        listed = ", ".join(f"{panels.short(name)} {count:,}" for name, count in missing.items())
-        words.append(f"Values missing or not finite: {listed}.")
-    return " ".join(words)
-
-
-def _left_out(target: Stream, chosen: Sequence[Field]) -> str:
-    there = {field.name for field in chosen} | {target.schema.time}
-    out = [panels.short(name) for name in target.schema.names if name not in there]
-    more = f" and {len(out) - 4} more" if len(out) > 4 else ""  # noqa: PLR2004
-    return f"Not shown: {', '.join(out[:4])}{more}." if out else ""
-
-
-def _rank_name(rank: float) -> str:
-    return "median" if rank == 50 else f"percentile {rank:g}"  # noqa: PLR2004
-
-
-def _line_words(found: Line) -> str:
-    if not len(found.mean):
-        return f"{panels.quantity(found.field)}:  no values"
-    mean, low, high = (float(each[0]) for each in (found.mean, found.low, found.high))
-    said = f"{panels.quantity(found.field)}:  {mean:.6g}"
-    return said if low == high else f"{said}, from {low:.6g} to {high:.6g}"
-
-
-def _value_text(value: Array, field: Field) -> str:
-    plain = np.asarray(value).reshape(-1)[0]
-    kind = field.np_dtype.kind
-    if kind == "M" and not np.isnat(plain):
-        return f"{str(plain).replace('T', ' ')} UTC"
-    if kind == "m":
-        return str(plain.view(np.int64)) if not np.isnat(plain) else "NaT"
-    return f"{plain:.9g}" if kind == "f" else str(plain)
-
-
 # ---- the whole ----
 
 
@@ -380,22 +313,11 @@ def _empty(store: Store, target: Stream, scan: Scan, size_in: tuple[float, float
         panels.nothing(axes, "No rows in this range.")
 
     return _composed(
-        f"{_name(store, target)}\n{_whereabouts(target, scan)}",
+        f"{words.name(store, target)}\n{words.whereabouts(target, scan)}",
         [],
         [_Section(_RATE_IN, draw)],
         size_in,
     )
-
-
-def _whereabouts(target: Stream, scan: Scan) -> str:
-    span = target.span()
-    if span is None:
-        return "The stream has no rows yet."
-    ends = [
-        format_time(end, scan.info.schema.time_dtype).replace("T", " ").replace("+00:00", "")
-        for end in span
-    ]
-    return f"The stream has rows from {ends[0]} to {ends[1]} UTC."
 
 
 def _wrapped(lines: Sequence[str], width: float) -> str:
@@ -416,14 +338,14 @@ def _composed(
             f"need {_WIDTH_IN_MIN:g} x {needed_in * _READABLE:.1f}; fewer fields, or a larger size"
         )
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
-    figure.suptitle(_wrapped(heading.split("\n"), width_in * 10), fontsize=11)
+    figure.suptitle(_wrapped(heading.split("\n"), width_in * 10), fontsize=11, parse_math=False)
     if said := _wrapped(notes, width_in * 14):
-        figure.supxlabel(said, fontsize=8, color="#555555", x=0.01, ha="left")
+        figure.supxlabel(said, fontsize=8, color="#555555", x=0.01, ha="left", parse_math=False)
     heights = [section.height_in for section in sections]
     if heights:
         parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         for section, part in zip(sections, parts, strict=True):
             section.draw(part, width_in)
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # names and units are not markup: a $ is a $
+    for axes in figure.axes:
+        panels.plain(axes)
     return figure

@@ -91,15 +91,15 @@ def line(axes: Any, found: Line, time: TimeAxis, breaks: Sequence[tuple[float, f
     seconds, mean, low, high = _opened(found, breaks)
     if found.field.np_dtype.kind == "M":
         mean, low, high = (values / 86400 for values in (mean, low, high))
-        dated(axes.yaxis, 4)
+        dated(axes.yaxis, 5)
     x = time.at(seconds)
     few = len(found.seconds) <= _MARKED_POINTS_MAX
     if has_band(found):
         axes.fill_between(x, low, high, label="least to greatest", **_BAND)
     axes.plot(x, mean, color=BLUE, linewidth=1, marker="." if few else "", label="mean")
-    if not few:
-        alone = _alone(mean)
-        axes.plot(x[alone], mean[alone], ".", color=BLUE, markersize=3)
+    alone = _alone(mean)
+    axes.plot(x[alone], mean[alone], ".", color=BLUE, markersize=3)
+    axes.vlines(x[alone], low[alone], high[alone], color=BLUE, alpha=0.4, linewidth=2)
     if found.field.np_dtype.kind == "b":
         axes.set_ylim(-0.05, 1.05)
         axes.set_yticks([0, 1], ["false", "true"])
@@ -140,7 +140,8 @@ def profile(
         axes.fill_between(x, *band, label=words, **_BAND)
     axes.plot(x, mean, color=BLUE, linewidth=1, marker="." if few else "", label="mean")
     axes.set_xlabel("index")
-    axes.set_ylabel(_drawn_quantity(field))
+    share = field.np_dtype.kind == "b"
+    axes.set_ylabel(beside(f"{field.name}, share true") if share else _drawn_quantity(field))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.margins(x=0.01)
     if band is not None:
@@ -187,6 +188,12 @@ def shade(axes: Any, time: TimeAxis, marks: Sequence[Mark]) -> None:
             zorder=0.5,
             label=kind,
         )
+
+
+def plain(axes: Any) -> None:
+    """Show words as they are: a $ in a name is no markup."""
+    for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts):
+        text.set_parse_math(False)
 
 
 def legend(axes: Any, wanted: Sequence[str] = ()) -> None:
