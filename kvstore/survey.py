@@ -8,8 +8,9 @@ bins, however long the range. Reads only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import pairwise, takewhile
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -196,11 +197,12 @@ def _count(scan: Scan, found: Survey, segment: Segment, entry: Entry) -> None:
 # ---- at a glance ----
 
 
-def rough_rates(stream: Stream, bins: int) -> Array:
+def rough_rates(stream: Stream, bins: int, *, is_late: Callable[[], bool] = lambda: False) -> Array:
     """About how many rows a second each bin has; none where there is no stretch of time.
 
     A batch that straddles bins is taken as even. A segment narrower than a bin is taken
     from its summary; one of very many batches by the sequence at which each bin begins.
+    Once ``is_late()``, all that is left is taken from summaries: a cold disk takes seconds.
     """
     scan = scan_of(stream, on_damage=_ignore)
     span = span_of(scan, bins)
@@ -208,20 +210,12 @@ def rough_rates(stream: Stream, bins: int) -> Array:
         return np.zeros(0)
     rows = np.zeros(bins)
     for number, totals in _per_segment(scan):
-        width = len(_bins_between(scan, span, totals))
-        if width == 1 or totals.batches == 1:
-            _spread(scan, span, rows, totals)
-            continue
-        try:
-            segment = scan.open_segment(number)
-        except StoreFormatError:  # a damaged segment: a glance goes by its summary
-            _spread(scan, span, rows, totals)
-            continue
-        try:
-            look = _by_sequence if totals.batches > _ROUGH_BATCHES else _by_entry
-            look(scan, span, rows, segment, totals)
-        finally:
-            segment.close()
+        found = None
+        if totals.batches > 1 and len(_bins_between(scan, span, totals)) > 1 and not is_late():
+            # If it is damaged, or was just dropped: a glance goes by its summary, too.
+            with suppress(StoreFormatError):
+                found = _by_index(scan, span, number, totals, is_late)
+        rows += _spread(scan, span, [totals]) if found is None else found
     return rows / (span.length_s / bins)
 
 
@@ -233,22 +227,38 @@ def _per_segment(scan: Scan) -> Iterator[tuple[int, Totals]]:
             yield number, found
 
 
-def _by_entry(scan: Scan, span: Span, rows: Array, segment: Segment, _: Totals) -> None:
-    for entry in segment.entries(
-        scan.info.stream_id, span.start_ns, span.stop_ns, on_damage=_ignore
-    ):
-        _spread(scan, span, rows, entry)
+def _by_index(
+    scan: Scan, span: Span, number: int, totals: Totals, is_late: Callable[[], bool]
+) -> Array | None:
+    """Rows by bin of one segment; None where it got late."""
+    segment = scan.open_segment(number)
+    try:
+        if totals.batches > _ROUGH_BATCHES:
+            found = _by_sequence(scan, span, segment, totals, is_late)
+        else:
+            ends = span.start_ns, span.stop_ns
+            entries = segment.entries(scan.info.stream_id, *ends, on_damage=_ignore)
+            found = _spread(scan, span, takewhile(lambda _: not is_late(), entries))
+        return None if is_late() else found
+    finally:
+        segment.close()
 
 
-def _by_sequence(scan: Scan, span: Span, rows: Array, segment: Segment, totals: Totals) -> None:
+def _by_sequence(
+    scan: Scan, span: Span, segment: Segment, totals: Totals, is_late: Callable[[], bool]
+) -> Array:
     """Batches between the starts of two bins: the difference of their sequences."""
     inside = _bins_between(scan, span, totals)
     width_ns = (span.stop_ns - span.start_ns + 1) / span.bins
     starts = [span.start_ns + int(width_ns * each) for each in inside]
-    found = [_first_sequence(scan, segment, ns, span.stop_ns) for ns in starts]
+    found = [
+        None if is_late() else _first_sequence(scan, segment, ns, span.stop_ns) for ns in starts
+    ]
     ends = [totals.next_sequence if each is None else each for each in found]
     batches = np.maximum(np.diff([*ends, totals.next_sequence]), 0)
-    rows[inside.start : inside.stop] += batches * (totals.rows / totals.batches)
+    rows = np.zeros(span.bins)
+    rows[inside.start : inside.stop] = batches * (totals.rows / totals.batches)
+    return rows
 
 
 def _first_sequence(scan: Scan, segment: Segment, start_ns: int, stop_ns: int) -> int | None:
@@ -265,16 +275,20 @@ def _bins_between(scan: Scan, span: Span, part: Entry | Totals) -> range:
     return range(low, high + 1)
 
 
-def _spread(scan: Scan, span: Span, rows: Array, part: Entry | Totals) -> None:
+def _spread(scan: Scan, span: Span, parts: Iterable[Entry | Totals]) -> Array:
+    """Rows of parts by bin, each taken as even over its time."""
     dtype = scan.info.schema.time_dtype
-    first, last = (time_to_ns(end, dtype) for end in (part.first, part.last))
-    low, high = span.bin_of(first), span.bin_of(last)
-    if low == high:
-        rows[low] += part.rows
-        return
-    edges = span.edges_s()[low : high + 2]
-    ends = [(first - span.start_ns) / NS_PER_S, (last - span.start_ns) / NS_PER_S]
-    rows[low : high + 1] += part.rows * np.diff(np.interp(edges, ends, [0, 1]))
+    edges, rows = span.edges_s(), np.zeros(span.bins)
+    for part in parts:
+        first, last = (time_to_ns(end, dtype) for end in (part.first, part.last))
+        low, high = span.bin_of(first), span.bin_of(last)
+        if low == high:
+            rows[low] += part.rows
+            continue
+        ends = [(each - span.start_ns) / NS_PER_S for each in (first, last)]
+        share = np.diff(np.interp(edges[low : high + 2], ends, [0, 1]))
+        rows[low : high + 1] += part.rows * share
+    return rows
 
 
 def _ignore(_: Any) -> None:

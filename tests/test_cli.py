@@ -734,7 +734,7 @@ def test_python_m_kvstore_is_the_same_command(store):
 def test_the_command_line_loads_nothing_heavy_until_it_is_needed():
     code = "import sys, kvstore.cli; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    heavy = {"rich", "pydantic", "pandas", "asyncio"}
+    heavy = {"rich", "pydantic", "pandas", "asyncio", "matplotlib"}
     assert heavy.isdisjoint(name.partition(".")[0] for name in done.stdout.split())
 
 

@@ -13,11 +13,12 @@ from matplotlib.text import Text
 import kvstore
 from kvstore import plots
 from kvstore import survey as surveys
-from kvstore.errors import DamageError, KvstoreError
+from kvstore.errors import DamageError, KvstoreError, StoreFormatError
 from kvstore.plots import digest as digests
 from kvstore.plots.digest import digest
 from kvstore.plots.rows import find_row
 from kvstore.schema import Field, Schema
+from kvstore.segment import Segment
 from kvstore.survey import BINS, rough_rates, scan_of, survey
 
 T0 = 1771342357.25  # 2026-02-17 15:32:37.25 UTC
@@ -189,6 +190,22 @@ def test_rough_rates_of_many_sealed_segments_come_from_their_summaries(path, mon
         assert rough_rates(store["s"], 4) == pytest.approx(1, rel=0.01)
     assert segments > 5
     assert len(opened) <= 3  # those that straddle two bins
+
+
+@pytest.mark.parametrize("asked", range(12))
+def test_rough_rates_keep_all_rows_wherever_they_get_late(room, asked):
+    turns = iter(range(100))
+    rates = rough_rates(room["room"], 4, is_late=lambda: next(turns) >= asked)
+    assert rates.mean() == pytest.approx(0.09, rel=0.01)
+    assert (rates.std() > 0.001) == (asked > 10)  # even, or with its silence
+
+
+def test_rough_rates_of_a_segment_that_cannot_be_read_come_from_its_summary(room, monkeypatch):
+    def unreadable(*_, **__):
+        raise StoreFormatError("torn")
+
+    monkeypatch.setattr(Segment, "entries", unreadable)
+    assert rough_rates(room["room"], 4) == pytest.approx(0.09, rel=0.02)
 
 
 def test_a_stream_without_a_stretch_of_time_has_no_rates(path):
@@ -503,8 +520,6 @@ def test_every_row_of_a_range_can_be_had_by_its_number(particles):
 
 
 def test_a_row_is_found_by_the_index_and_only_its_batch_is_read(particles, monkeypatch):
-    from kvstore.segment import Segment  # noqa: PLC0415
-
     fetched = []
     fetch = Segment.fetch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -21,6 +22,7 @@ from kvstore.survey import rate_unit, rough_rates
 from kvstore.timestamps import MAX_NS, MIN_NS, format_time
 
 _SPARK_BINS: Final = 40  # fits 80 columns
+_RATES_S: Final = 0.1  # for all streams together; then their summaries have to do
 _SPARKS: Final = " ▁▂▃▄▅▆▇█"
 _ASCII_SPARKS: Final = " .:-=+*#"  # for terminals without Unicode
 _GAPS_SHOWN: Final = 5
@@ -53,6 +55,14 @@ def info(
         else:
             for words in _lines(found):
                 print("\t".join("" if word is None else str(word) for word in words))
+
+
+def _rates(store: stores.Store) -> dict[str, Array]:
+    until = time.perf_counter() + _RATES_S
+    return {
+        name: rough_rates(store[name], _SPARK_BINS, is_late=lambda: time.perf_counter() > until)
+        for name in store
+    }
 
 
 def _lines(found: dict[str, Any]) -> Iterator[list[Any]]:

@@ -347,5 +347,5 @@ def _composed(
         for section, part in zip(sections, parts, strict=True):
             section.draw(part, width_in)
     for axes in figure.axes:
-        panels.plain(axes)
+        panels.finish(axes, height_in / needed_in)
     return figure

@@ -35,6 +35,7 @@ _MARKED_POINTS_MAX: Final = 120  # more than that, and points are a thick line
 _NAME_MAX: Final = 40
 _LABEL_MAX: Final = 20
 _SMALL: Final = 8
+_SCALE_MIN: Final = 0.7
 _BAND: Final[dict[str, Any]] = {"color": BLUE, "alpha": 0.25, "linewidth": 0}
 
 
@@ -190,8 +191,9 @@ def shade(axes: Any, time: TimeAxis, marks: Sequence[Mark]) -> None:
         )
 
 
-def plain(axes: Any) -> None:
-    """Show words as they are: a $ in a name is no markup."""
+def finish(axes: Any, scale: float) -> None:
+    """Show words as they are, a $ in a name is no markup; smaller in a small figure."""
+    axes.yaxis.label.set_fontsize(10 * min(max(scale, _SCALE_MIN), 1))
     for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts):
         text.set_parse_math(False)
 
