@@ -813,17 +813,20 @@ def test_info_tells_of_gaps_pins_and_the_rate(tmp_path):
         store.pin(T0, T0 + 1, "door opened")
         store.pin(None, T0)
     found = json.loads(run("info", path, "--json").text)
-    assert found["gaps"]["count"] == {"dropped": 1, "rejected": 1}
+    assert found["gaps"]["count"] == {
+        "dropped": {"gaps": 1, "occurrences": 1, "rows": 5},
+        "rejected": {"gaps": 1, "occurrences": 1, "rows": 0},
+    }
     assert {gap["detail"] for gap in found["gaps"]["newest"]} == {"", "packet 7"}
     assert found["pins"][0]["label"] == "door opened"
     assert found["pins"][0]["start"] == "2026-02-17T15:32:37+00:00"
     assert found["pins"][1]["start"] is None
     lines = [line.split("\t") for line in run("info", path).text.splitlines()]
-    assert ["gaps", "rejected", "1"] in lines
+    assert ["gaps", "rejected", "1", "1", "0"] in lines
     assert [line[:2] for line in lines if line[0] == "pin"] == [["pin", "1"], ["pin", "2"]]
     shown = on_terminal("info", path, width=80)
     assert shown.code == 0
-    assert re.search(r"gaps +1 dropped, 1 rejected", shown.err)
+    assert re.search(r"gaps +1 dropped \(5 rows\), 1 rejected", shown.err)
     assert "2026-02-17 15:32:37 to 15:32:38 UTC: door opened" in shown.err
     assert "up to 2026-02-17 15:32:37 UTC" in shown.err
     assert re.search(r"dropped room, 5 rows +2001-09-09 01:46:40 UTC", shown.err)

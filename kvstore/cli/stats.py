@@ -38,15 +38,14 @@ def info(
     """Show what a store holds.
 
     Streams with their fields, rows, time spans, bytes and ratios; segments, the last commit,
-    marks, pins, gaps. Takes milliseconds at any size. A terminal gets tables, and the rate of
-    each stream from its first row to its last, about; a pipe lines of words separated by tabs.
+    marks, pins, gaps. Takes milliseconds at any size. A terminal gets tables, and about the
+    rate of each stream from its first row to its last, which may take 0.1 s; a pipe gets lines
+    of words separated by tabs.
     """
     to_terminal = sys.stdout.isatty() and not as_json
     with stores.open_store(path) as store:
         found = _plain(store)
-        rates = (
-            {name: rough_rates(store[name], _SPARK_BINS) for name in store} if to_terminal else {}
-        )
+        rates = _rates(store) if to_terminal else {}
     with quiet_if_closed():
         if as_json:
             print(json.dumps(found, indent=2, default=str))
@@ -74,7 +73,7 @@ def _lines(found: dict[str, Any]) -> Iterator[list[Any]]:
     for pin in found["pins"]:
         yield ["pin", *pin.values()]
     for kind, count in found["gaps"]["count"].items():
-        yield ["gaps", kind, count]
+        yield ["gaps", kind, *count.values()]
     for stream in found["streams"]:
         for key in _PER_STREAM:
             yield ["stream", stream["name"], key, stream[key]]
@@ -148,9 +147,14 @@ def _about_store(found: dict[str, Any]) -> list[list[str]]:
         ["id", found["store_id"]],
     ]
     if counts := found["gaps"]["count"]:
-        words = [f"{count:,} {kind}" for kind, count in counts.items()]
+        words = [_count_text(kind, count) for kind, count in counts.items()]
         rows.append(["gaps", ", ".join(words)])
     return rows + [[f"mark {name}", str(value)] for name, value in found["marks"].items()]
+
+
+def _count_text(kind: str, count: dict[str, int]) -> str:
+    rows = f" ({count['rows']:,} rows)" if count["rows"] else ""
+    return f"{count['gaps']:,} {kind}{rows}"
 
 
 def _stretch(of: dict[str, Any]) -> str:
@@ -222,12 +226,18 @@ def _plain_pin(pin: Pin) -> dict[str, Any]:
     }
 
 
+def _sums(gaps: Sequence[Gap]) -> dict[str, int]:
+    occurrences = sum(gap.occurrences for gap in gaps)
+    return {"gaps": len(gaps), "occurrences": occurrences, "rows": sum(gap.rows for gap in gaps)}
+
+
 def _plain_gaps(gaps: Sequence[Gap]) -> dict[str, Any]:
-    """How many events of each kind, and the newest few gaps; `kvstore gaps` has them all."""
-    counts = {kind: sum(gap.occurrences for gap in gaps if gap.kind == kind) for kind in KINDS}
+    """How many there are of each kind, and the newest few; `kvstore gaps` has them all."""
     newest = sorted(gaps, key=lambda gap: gap.recorded_ns, reverse=True)[:_GAPS_SHOWN]
     return {
-        "count": {kind: count for kind, count in counts.items() if count},
+        "count": {
+            kind: _sums(same) for kind in KINDS if (same := [g for g in gaps if g.kind == kind])
+        },
         "newest": [plain_gap(gap) for gap in newest],
     }
 
