@@ -58,14 +58,13 @@ class Elements(NamedTuple):
 
 
 class Digest(NamedTuple):
-    """Summaries by field, in the order asked for, of how many rows and batches.
+    """Summaries by field, in the order asked for, of how many rows.
 
     step: one of so many batches was read; 1 is all.
     """
 
     fields: tuple[Line | Elements, ...]
     rows: int
-    batches: int
     step: float
 
 
@@ -91,25 +90,37 @@ def digest(
     """Read the range, or an even part of it, once."""
     step = _step(scan, survey, fields)
     sums = _start(survey, fields, step)
-    rows = batches = 0
+    rows = 0
     for number, (segment, entry) in _drawn(scan, step):
         on_progress(number / survey.batches)
-        inside = rows_inside(scan, segment, entry)
-        if inside is None:
+        found = _fetched(scan, segment, entry, fields)
+        if found is None:
             continue
-        try:
-            columns = [column_of(scan.info.schema, segment, entry, field) for field in fields]
-        except (DamageError, StoreFormatError) as error:
-            scan.damaged(entry, error)
-            continue
-        seconds = deadlines(inside[1], survey.span.start_ns)
+        times, columns = found
+        rows += len(times)
+        seconds = deadlines(times, survey.span.start_ns)
         for each, column in zip(sums, columns, strict=True):
             if column is None:
                 each.add_missing(seconds)
             else:
-                each.add(seconds, column[inside[0]])
-        rows, batches = rows + len(seconds), batches + 1
-    return Digest(tuple(each.result(percentiles) for each in sums), rows, batches, step)
+                each.add(seconds, column)
+    return Digest(tuple(each.result(percentiles) for each in sums), rows, step)
+
+
+def _fetched(
+    scan: Scan, segment: Segment, entry: Entry, fields: Sequence[Field]
+) -> tuple[Array, list[Array | None]] | None:
+    """Times and columns of a batch's rows in the range; None where damaged or there are none."""
+    inside = rows_inside(scan, segment, entry)
+    if inside is None:
+        return None
+    try:
+        columns = [column_of(scan.info.schema, segment, entry, field) for field in fields]
+    except (DamageError, StoreFormatError) as error:
+        scan.damaged(entry, error)
+        return None
+    rows, times = inside
+    return times, [None if column is None else column[rows] for column in columns]
 
 
 def column_of(schema: Schema, segment: Segment, entry: Entry, field: Field) -> Array | None:

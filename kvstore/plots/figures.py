@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from kvstore.schema import Array, Field
 from kvstore.segment import OnDamage
 from kvstore.store import Store
 from kvstore.stream import Stream
-from kvstore.survey import Survey, scan_of, survey
+from kvstore.survey import Span, Survey, scan_of, survey
 from kvstore.timestamps import NS_PER_S, TimeLike, Unit
 
 PERCENTILES: Final = (5.0, 50.0, 95.0)
@@ -46,9 +46,6 @@ _IMAGES_ACROSS: Final = 3
 _TEXT_IN: Final = 0.19
 _READABLE: Final = 0.55  # of these sizes
 _WIDTH_IN_MIN: Final = 4.0
-
-
-_KIND_NAMES: Final = {"silence": panels.SILENCE}
 
 
 class _Section(NamedTuple):
@@ -180,23 +177,30 @@ def _marks(store: Store, target: Stream, found: Survey) -> list[Mark]:
 
     A silence as rows arrive that late ones filled is none here.
     """
-    span = found.span
-    recorded = []
-    for gap in store.gaps():
-        start, stop = max(gap.start_ns, span.start_ns), min(gap.stop_ns, span.stop_ns)
-        if gap.stream in ("", target.name) and start <= stop:
-            if gap.kind == "clock_ahead":  # nothing is in between: a line where it arrived
-                start = stop
-            ends = ((end - span.start_ns) / NS_PER_S for end in (start, stop))
-            recorded.append(Mark(_KIND_NAMES.get(gap.kind, gap.kind.replace("_", " ")), *ends))
-    kept = [m for m in recorded if m.kind != panels.SILENCE or found.is_empty(m.start_s, m.stop_s)]
-    known = [mark for mark in kept if mark.kind == panels.SILENCE]
+    recorded = [
+        mark
+        for mark in _recorded(store, target, found.span)
+        if mark.kind != panels.SILENCE or found.is_empty(mark.start_s, mark.stop_s)
+    ]
+    known = [mark for mark in recorded if mark.kind == panels.SILENCE]
     seen = [
         Mark(panels.SILENCE, start, stop)
         for start, stop in found.silences()
         if not any(mark.start_s < stop and start < mark.stop_s for mark in known)
     ]
-    return seen + kept
+    return seen + recorded
+
+
+def _recorded(store: Store, target: Stream, span: Span) -> Iterator[Mark]:
+    for gap in store.gaps():
+        start, stop = max(gap.start_ns, span.start_ns), min(gap.stop_ns, span.stop_ns)
+        if gap.stream not in ("", target.name) or start > stop:
+            continue
+        if gap.kind == "clock_ahead":  # nothing is in between: a line where it arrived
+            start = stop
+        ends = ((end - span.start_ns) / NS_PER_S for end in (start, stop))
+        kind = panels.SILENCE if gap.kind == "silence" else gap.kind.replace("_", " ")
+        yield Mark(kind, *ends)
 
 
 def _over_time(
