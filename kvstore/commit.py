@@ -34,6 +34,7 @@ from kvstore.segment import (
     stream_record,
     total_key,
 )
+from kvstore.stats import CommitStats
 
 GROUP_BYTES: Final = 32 << 20  # a commit of this size comes close to bare writes
 QUEUE_BYTES_MAX: Final = 64 << 20  # beside the group being committed: 0.2 s of 300 MB/s
@@ -70,6 +71,7 @@ class Committer:
     ):
         self.lock = threading.Lock()
         self.staged_bytes = 0
+        self.stats = CommitStats()
         self._layout = layout
         self._interval_s = interval_s
         self._segment_bytes = segment_bytes
@@ -124,10 +126,11 @@ class Committer:
 
     def wait_for_room(self) -> None:
         """Block while more than the queue's limit is held; returns early on an error."""
-        if self._interval_s is not None and self._held_bytes() > QUEUE_BYTES_MAX:
-            self._progress.wait_for(lambda: self._held_bytes() <= QUEUE_BYTES_MAX or self.error)
+        if self._interval_s is not None and self.held_bytes() > QUEUE_BYTES_MAX:
+            self._progress.wait_for(lambda: self.held_bytes() <= QUEUE_BYTES_MAX or self.error)
 
-    def _held_bytes(self) -> int:
+    def held_bytes(self) -> int:
+        """Of rows that wait for their commit, beside those in it."""
         return self._queued_bytes + self.staged_bytes
 
     def check_size(self, size: int, *, joined: bool) -> None:
@@ -161,6 +164,13 @@ class Committer:
 
     # ---- without the lock ----
 
+    def overdue_s(self) -> float:
+        """For how long a commit has been running, or due and not begun."""
+        since, oldest_s = self.stats.running_since_s, self.oldest_s
+        if since is None and oldest_s is not None and self._interval_s is not None:
+            since = oldest_s + self._interval_s
+        return 0.0 if since is None else max(0.0, time.monotonic() - since)
+
     def close(self) -> None:
         """Stop the thread and close the segment; what is still queued is given up."""
         with self.lock:
@@ -186,7 +196,8 @@ class Committer:
                 group, ticket = self._take()
                 self._progress.notify_all()  # there is room
             try:
-                self._commit(group)
+                with self.stats.timed(len(group)):
+                    self._commit(group)
             except BaseException as error:  # noqa: BLE001  # handed to the next append or flush
                 with self.lock:
                     self._failed(group, error)

@@ -5,7 +5,8 @@
 The reading thread is the caller's. Packets are views into the buffers that the bytes were
 read into, and go to the store uncopied. Back-pressure is the store's: ``append`` waits while
 64 MB are queued, and the pipe fills up. Stopping is cooperative: ``readinto`` says when, and
-whatever packets were complete by then are committed.
+whatever packets were complete by then are committed. ``ingest`` takes one input to its end;
+who serves several at once (serve.py) gives each an ``Intake`` of its own.
 
 What a packet must look like is said in one place, the stream's schema; what does not fit it
 becomes a PacketError here. A malformed packet ends the run after everything before it is
@@ -14,8 +15,10 @@ committed, unless ``on_error`` is given and the packet's frame is whole: then it
 
 from __future__ import annotations
 
+import math
 import os
 import select
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -43,7 +46,12 @@ class Progress:
     packets: int = 0
     rows: int = 0
     bytes: int = 0
-    skipped: int = 0
+    rejected: int = 0  # malformed packets, whether passed over or the end of their input
+    skipped: int = 0  # those that were passed over
+    interrupted: int = 0  # inputs that ended inside a packet
+    connected: int = 0  # producers, at this moment
+    connections: int = 0  # there ever were
+    refused: int = 0  # connections for which there was no place
     first: Any = None  # time of the first row to arrive, in the stream's own dtype
     last: Any = None  # and of the last
     unfinished_bytes: int = 0  # of a packet that was begun when reading was stopped
@@ -81,6 +89,99 @@ class Source:
         return count or None
 
 
+class Target:
+    """The stream that packets go to, and the count of what went.
+
+    time_field: name of the time field where the stream is new and its name is not one of
+    schema.TIME_NAMES.
+    """
+
+    def __init__(
+        self, store: Store, progress: Progress, *, stream: str = PARTICLES, time_field: str = ""
+    ):
+        self.progress = progress
+        self._stream = _stream_for(store, stream, time_field)
+        self._exact = (
+            stream == PARTICLES and stream in store and self._stream.schema == PARTICLE_SCHEMA
+        )
+
+    def append(self, packet: Packet) -> None:
+        """Raises PacketError where the packet does not fit the stream."""
+        if self._exact:
+            _check_particles(packet)
+        try:
+            self._stream.append(packet.arrays, copy=False)
+        except (SchemaError, TimeError) as error:
+            raise packet.error(str(error)) from error
+        self._count(packet)
+
+    def _count(self, packet: Packet) -> None:
+        progress = self.progress
+        progress.packets += 1
+        times = packet.arrays[self._stream.time]
+        if len(times):
+            progress.rows += len(times)
+            progress.last = times[-1]
+            if progress.first is None:
+                progress.first = times[0]
+
+
+class Intake:
+    """One input on its way into a stream: its bytes, cut into packets, appended.
+
+    on_error: called with the error of each malformed packet whose frame is whole, which is then
+    passed over; without it that error is raised.
+    """
+
+    def __init__(self, target: Target, decoder: PacketDecoder, on_error: OnError | None = None):
+        self.packets = 0
+        self._target = target
+        self._decoder = decoder
+        self._on_error = on_error
+
+    def buffer(self) -> memoryview:
+        """Where the next bytes belong; to be asked for once ``append`` returned True."""
+        return self._decoder.buffer()
+
+    def received(self, count: int) -> None:
+        """That many bytes were put at the start of ``buffer()``."""
+        self._decoder.received(count)
+        self._target.progress.bytes += count
+
+    def append(self, until_s: float = math.inf) -> bool:
+        """Append the packets that are complete by now; False where it is ``until_s`` before.
+
+        until_s: of ``time.monotonic``. At least one packet is appended.
+        """
+        while True:
+            try:
+                for packet in self._decoder.packets():
+                    self._target.append(packet)
+                    self.packets += 1
+                    if time.monotonic() > until_s:
+                        return False
+            except PacketError as error:
+                self._target.progress.rejected += 1
+                if self._on_error is None or not error.whole:
+                    raise
+                self._target.progress.skipped += 1
+                self._on_error(error)
+                if time.monotonic() > until_s:
+                    return False
+            else:
+                return True
+
+    def close(self) -> None:
+        """The input has ended; PacketError if it did so inside a packet."""
+        self._target.progress.interrupted += bool(self.unfinished_bytes)
+        self._decoder.close()
+
+    @property
+    def unfinished_bytes(self) -> int:
+        """Bytes that came of a packet whose end did not."""
+        return self._decoder.unfinished_bytes
+
+
 def ingest(
     store: Store,
     readinto: Callable[[memoryview], int | None],
@@ -93,31 +194,28 @@ def ingest(
 ) -> bool:
     """Append packets until the input ends (True) or reading should stop (False).
 
-    time_field: name of the time field where the stream is new and its name is not one of
-    schema.TIME_NAMES. on_error: called with the error of each malformed packet whose frame is
-    whole, which is then passed over; without it that error is raised.
+    stream, time_field: see Target. on_error: see Intake.
 
     Everything appended is committed before this returns or raises. Raises PacketError for
     malformed input, and what the store raises.
     """
     progress.ended = False
     try:
-        target = _target(store, stream, time_field)
-        exact = stream == PARTICLES and stream in store and target.schema == PARTICLE_SCHEMA
-        while count := readinto(decoder.buffer()):
-            decoder.received(count)
-            progress.bytes += count
-            _take(decoder, target, on_error, progress, exact=exact)
+        target = Target(store, progress, stream=stream, time_field=time_field)
+        intake = Intake(target, decoder, on_error)
+        while count := readinto(intake.buffer()):
+            intake.received(count)
+            intake.append()
         if count == 0:
             progress.ended = True
-            decoder.close()
-        progress.unfinished_bytes = decoder.unfinished_bytes
+            intake.close()
+        progress.unfinished_bytes = intake.unfinished_bytes
         return progress.ended
     finally:
         store.flush()
 
 
-def _target(store: Store, name: str, time_field: str) -> Stream:
+def _stream_for(store: Store, name: str, time_field: str) -> Stream:
     """The stream to append to; for particles its schema is known before the first packet."""
     if name not in store:
         particles = name == PARTICLES and not time_field
@@ -131,38 +229,6 @@ def _target(store: Store, name: str, time_field: str) -> Stream:
     return stream
 
 
-def _take(
-    decoder: PacketDecoder,
-    target: Stream,
-    on_error: OnError | None,
-    progress: Progress,
-    *,
-    exact: bool,
-) -> None:
-    """Append all packets that are complete by now."""
-    while True:
-        try:
-            for packet in decoder.packets():
-                _append(target, packet, exact=exact)
-                _count(target, packet, progress)
-        except PacketError as error:
-            if on_error is None or not error.whole:
-                raise
-            progress.skipped += 1
-            on_error(error)
-        else:
-            return
-
-
-def _append(target: Stream, packet: Packet, *, exact: bool) -> None:
-    if exact:
-        _check_particles(packet)
-    try:
-        target.append(packet.arrays, copy=False)
-    except (SchemaError, TimeError) as error:
-        raise packet.error(str(error)) from error
-
-
 def _check_particles(packet: Packet) -> None:
     """Particles keep their dtypes to the letter: float32 stamps, say, would be 128 s apart."""
     for name, (dtype, _) in PARTICLE_FIELDS.items():
@@ -172,13 +238,3 @@ def _check_particles(packet: Packet) -> None:
                 f"field {name!r} has dtype {array.dtype}, expected {dtype}; other packets go to a "
                 "stream of their own (--stream NAME)"
             )
-
-
-def _count(target: Stream, packet: Packet, progress: Progress) -> None:
-    progress.packets += 1
-    times = packet.arrays[target.time]
-    if len(times):
-        progress.rows += len(times)
-        progress.last = times[-1]
-        if progress.first is None:
-            progress.first = times[0]

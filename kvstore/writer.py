@@ -69,6 +69,11 @@ class Writer:
         self._streams = {name: StreamWriter(info) for name, info in streams.items()}
         self._pool = ThreadPoolExecutor(ENCODERS, "kvstore-encode")
 
+    @property
+    def committer(self) -> Committer:
+        """What commits the rows: its ``stats``, ``held_bytes`` and ``overdue_s`` for reports."""
+        return self._committer
+
     def find(self, name: str) -> StreamWriter | None:
         """The stream of that name, committed or not."""
         self.check_usable()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From low to high; a package counts as one part. "__init__" is kvstore/__init__.py: nothing
 # below the command line imports the public names, everything goes to the module that owns them.
 FLOORS = (
-    ("errors", "timestamps"),
+    ("errors", "timestamps", "events", "every", "stats"),
     ("schema", "lossless", "codec", "libc"),
     ("environment",),
     ("pages",),
@@ -32,6 +32,7 @@ FLOORS = (
     ("writer", "follow", "replay", "export"),
     ("store",),
     ("retention", "check", "verify", "salvage", "recover", "backup", "ingest", "plots"),
+    ("sockets", "notify", "serve", "metrics"),
     ("telemetry", "dayfiles"),
     ("__init__",),
     ("cli",),
