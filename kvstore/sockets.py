@@ -116,12 +116,17 @@ def _bind(made: socket.socket, path: Path) -> None:
 
 
 def _set_rights(path: Path, mode: int) -> str:
-    group = path.parent.stat().st_gid
+    group = _folder_group(path)
     try:
-        os.chown(path, -1, group)
+        if path.stat().st_gid != group:
+            os.chown(path, -1, group)
     except PermissionError:
         mode &= ~_GROUP
         path.chmod(mode)
         return f"mode {mode:04o}: not a member of its folder's group {group}"
     path.chmod(mode)
     return f"mode {mode:04o}, group {group}"
+
+
+def _folder_group(path: Path) -> int:
+    return path.parent.stat().st_gid
