@@ -27,7 +27,8 @@ from kvstore import libc
 from kvstore.errors import PacketError, SchemaError, TimeError
 from kvstore.packets import PARTICLE_FIELDS, PARTICLE_TIME, Packet, PacketDecoder
 from kvstore.schema import Field, Schema
-from kvstore.store import Store, Stream
+from kvstore.store import Store
+from kvstore.stream import Stream
 
 PARTICLES: Final = "particles"
 PARTICLE_SCHEMA: Final = Schema(
@@ -35,6 +36,7 @@ PARTICLE_SCHEMA: Final = Schema(
     PARTICLE_TIME,
 )
 _DRAINED_BYTES_MAX: Final = libc.PIPE_BYTES  # what a producer can have sent and we not seen
+_TELL_S: Final = 1.0  # between two gaps of rejected packets: no sender fills the store with them
 
 OnError = Callable[[PacketError], None]
 
@@ -89,6 +91,50 @@ class Source:
         return count or None
 
 
+class Rejections:
+    """Packets that were refused, as gaps of the store: each second as one, however many.
+
+    The first is told at once. clock: of the gaps' times, in ns.
+    """
+
+    def __init__(self, store: Store, stream: str, clock: Callable[[], int] = time.time_ns):
+        self._store = store
+        self._stream = stream
+        self._clock = clock
+        self._count = 0
+        self._span_ns = (0, 0)
+        self._why = ""  # of the first
+        self._told_s = -math.inf
+
+    def add(self, why: str) -> None:
+        """One more."""
+        now_ns = self._clock()
+        if not self._count:
+            self._span_ns, self._why = (now_ns, now_ns), why
+        self._count += 1
+        self._span_ns = (self._span_ns[0], now_ns)
+        self.tell_due()
+
+    def tell_due(self) -> None:
+        """Tell of those there were, unless that was done a moment ago."""
+        if self._count and time.monotonic() >= self._told_s + _TELL_S:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell of those there were since the last time."""
+        if self._count:
+            start_ns, stop_ns = self._span_ns
+            self._store.note_gap(
+                "rejected",
+                self._stream,
+                start_ns=start_ns,
+                stop_ns=stop_ns,
+                occurrences=self._count,
+                detail=self._why,
+            )
+            self._count, self._told_s = 0, time.monotonic()
+
+
 class Target:
     """The stream that packets go to, and the count of what went.
 
@@ -100,6 +146,8 @@ class Target:
         self, store: Store, progress: Progress, *, stream: str = PARTICLES, time_field: str = ""
     ):
         self.progress = progress
+        self.rejections = Rejections(store, stream)
+        self._store = store
         self._stream = _stream_for(store, stream, time_field)
         self._exact = (
             stream == PARTICLES and stream in store and self._stream.schema == PARTICLE_SCHEMA
@@ -114,6 +162,21 @@ class Target:
         except (SchemaError, TimeError) as error:
             raise packet.error(str(error)) from error
         self._count(packet)
+
+    def reject(self, error: PacketError) -> None:
+        """Count a malformed packet, and record it as a gap."""
+        self.progress.rejected += 1
+        self.rejections.add(str(error))
+
+    def miss(self, error: PacketError) -> None:
+        """Count a packet whose end did not come, and record it as a gap."""
+        self.progress.interrupted += 1
+        self.rejections.add(str(error))
+
+    def flush(self) -> None:
+        """Make all of it durable, gaps included."""
+        self.rejections.tell()
+        self._store.flush()
 
     def _count(self, packet: Packet) -> None:
         progress = self.progress
@@ -147,6 +210,7 @@ class Intake:
         """That many bytes were put at the start of ``buffer()``."""
         self._decoder.received(count)
         self._target.progress.bytes += count
+        self._target.rejections.tell_due()
 
     def append(self, until_s: float = math.inf) -> bool:
         """Append the packets that are complete by now; False where it is ``until_s`` before.
@@ -161,7 +225,7 @@ class Intake:
                     if time.monotonic() > until_s:
                         return False
             except PacketError as error:
-                self._target.progress.rejected += 1
+                self._target.reject(error)
                 if self._on_error is None or not error.whole:
                     raise
                 self._target.progress.skipped += 1
@@ -173,8 +237,12 @@ class Intake:
 
     def close(self) -> None:
         """The input has ended; PacketError if it did so inside a packet."""
-        self._target.progress.interrupted += bool(self.unfinished_bytes)
-        self._decoder.close()
+        try:
+            self._decoder.close()
+        except PacketError as error:
+            if self._decoder.unfinished_bytes:
+                self._target.miss(error)
+            raise
 
     @property
     def unfinished_bytes(self) -> int:
@@ -200,9 +268,9 @@ def ingest(
     malformed input, and what the store raises.
     """
     progress.ended = False
+    target = Target(store, progress, stream=stream, time_field=time_field)
+    intake = Intake(target, decoder, on_error)
     try:
-        target = Target(store, progress, stream=stream, time_field=time_field)
-        intake = Intake(target, decoder, on_error)
         while count := readinto(intake.buffer()):
             intake.received(count)
             intake.append()
@@ -212,7 +280,7 @@ def ingest(
         progress.unfinished_bytes = intake.unfinished_bytes
         return progress.ended
     finally:
-        store.flush()
+        target.flush()
 
 
 def _stream_for(store: Store, name: str, time_field: str) -> Stream:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
+from kvstore.gaps import KINDS
 from kvstore.ingest import Progress
 from kvstore.stats import BOUNDS_S, CommitStats
 from kvstore.store import Store
@@ -135,9 +136,41 @@ def _stored(store: Store) -> Iterator[Family]:
         "When the last commit was made.",
         info.last_commit_ns / 1e9,
     )
+    yield from _lost(store)
     disk = shutil.disk_usage(info.path)
     yield _gauge("disk_free_bytes", "Left on the store's disk for this user.", disk.free)
     yield _gauge("disk_size_bytes", "Size of the store's disk.", disk.total)
+
+
+def _lost(store: Store) -> Iterator[Family]:
+    """Kept in the store, as all that is said of gaps: they go on where the last writer ended."""
+    state = store.state()
+    dropped = {
+        info.name: state.dropped[info.stream_id]
+        for info in state.streams.values()
+        if info.stream_id in state.dropped
+    }
+    yield Family(
+        "dropped_rows_total",
+        "counter",
+        "Rows removed by retention.",
+        [Sample(each.totals.rows, labels={"stream": name}) for name, each in dropped.items()],
+    )
+    yield Family(
+        "dropped_segments_total",
+        "counter",
+        "Segments with rows of the stream removed by retention.",
+        [Sample(each.segments, labels={"stream": name}) for name, each in dropped.items()],
+    )
+    events = dict.fromkeys(KINDS, 0)
+    for gap in store.gaps():
+        events[gap.kind] += gap.occurrences
+    yield Family(
+        "gap_events_total",
+        "counter",
+        "Events that left a gap, as kvstore gaps lists them; of dropped ones, batches.",
+        [Sample(count, labels={"kind": kind}) for kind, count in events.items()],
+    )
 
 
 def _counter(name: str, text: str, value: float) -> Family:

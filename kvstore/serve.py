@@ -223,7 +223,8 @@ class Server:
         text = f"cut off: uid {greedy} has {most} of {len(taken)} places, uid {uid} needs one"
         self._say("warning", "evicted", newest, f"{newest.name}: {text}.")
         _tell(newest.socket, text)
-        self._progress.interrupted += bool(newest.intake.unfinished_bytes)
+        with suppress(PacketError):
+            newest.intake.close()
         self._forget(newest)
         return True
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import kvstore
+from kvstore.active import Active
 from kvstore.cli.intake import Capture, Inputs
 from kvstore.cli.log import Log
-from kvstore.commit import Committer
 from kvstore.errors import KvstoreError
 from kvstore.every import every
 from kvstore.notify import Notifier
@@ -91,7 +91,7 @@ def test_reports_come_at_once_again_and_again_and_at_the_end():
 
 def test_the_watchdog_is_fed_only_while_commits_make_progress(path, systemd, monkeypatch):
     gate = threading.Event()
-    inner = Committer._commit
+    inner = Active.commit
 
     def held(self, group):
         gate.wait(30)
@@ -103,7 +103,7 @@ def test_the_watchdog_is_fed_only_while_commits_make_progress(path, systemd, mon
         capture = Capture(store, inputs, Log("text"), notifier)
         capture._tell_systemd()
         assert heard(systemd) == ["WATCHDOG=1", "STATUS=0 rows taken in, 0 B queued, 0 producers"]
-        monkeypatch.setattr(Committer, "_commit", held)
+        monkeypatch.setattr(Active, "commit", held)
         store.stream("s").append({"time": np.arange(3.0)})
         while store.writer().committer.overdue_s() < 0.06:
             time.sleep(0.01)

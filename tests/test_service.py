@@ -19,6 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import kvstore
+from kvstore import libc
 from kvstore.packets import encode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -274,6 +275,60 @@ def test_wrong_usage_ends_with_2_before_anything_is_touched(
     assert caught.value.code == 2
     assert said in re.sub(r"\s+", " ", capsys.readouterr().err)
     assert os.listdir(tmp_path) == ["file"]
+
+
+# ---- limits ----
+
+
+def test_limits_are_kept_in_the_store_and_others_left_alone(tmp_path, monkeypatch):
+    from kvstore.cli import app  # noqa: PLC0415
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(libc, "keep_freed_memory", lambda: None)
+    Path("some").write_bytes(packet([1]))
+
+    def write(*args):
+        with pytest.raises(SystemExit) as caught:
+            app(["write", "run.kv", "some", "--stream", "s", *args])
+        return caught.value.code
+
+    assert write("--max-bytes", "800GB", "--max-age", "7d", "--gap-after", "10s") == 0
+    assert write("--min-free-space", "1MB", "--when-full", "stop", "--max-age", "none") == 0
+    assert write("--clock-step", "2s") == 0
+    with kvstore.open("run.kv") as store:
+        assert store.settings == kvstore.Settings(
+            max_bytes=800 * 10**9, max_age_s=None, min_free_bytes=10**6, when_full="stop",
+            gap_after_s=10.0, clock_step_s=2.0,
+        )  # fmt: skip
+
+
+def test_a_limit_that_makes_no_sense_makes_no_store(tmp_path, monkeypatch):
+    from kvstore.cli import app  # noqa: PLC0415
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kvstore.StoreError, match="max_bytes=5: use at least"):
+        app(["write", "run.kv", "/dev/null", "--max-bytes", "5"], standalone_mode=False)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_size_limit_holds_and_what_was_dropped_is_told(tmp_path):
+    rows = 2000
+    values = np.random.default_rng(1).integers(0, 2**62, (rows, 100))
+    limit = ["--max-bytes", "8MiB", "--metrics-file", "kv.prom"]
+    with service(tmp_path, *LISTEN, *limit) as process:
+        with process.connect() as client:
+            for n in range(20):
+                batch = {"time": np.arange(rows) + float(n * rows), "v": values}
+                client.sendall(b"".join(encode(batch)))
+        process.wait_for_rows(1)
+        code, _ = process.end()
+    assert code == 0
+    size = sum(each.stat().st_size for each in (tmp_path / "run.kv").rglob("*") if each.is_file())
+    assert size <= 8 << 20
+    metrics = (tmp_path / "kv.prom").read_text()
+    (dropped,) = re.findall(r"kvstore_dropped_rows_total\{.*\} (\d+)", metrics)
+    assert int(dropped) + len(rows_in(tmp_path)) == 20 * rows
+    assert int(dropped) > 0
 
 
 # ---- the units ----

@@ -94,12 +94,13 @@ class Capture:
             fifos=inputs.files,
             connections_max=inputs.connections_max,
             report=self.log,
+            tick=target.rejections.tell_due,
         )
         try:
             server.run(stop)
         finally:
             server.close()
-            self.store.flush()
+            target.flush()
         self._say_stopped()
         return self._loss()
 
@@ -174,11 +175,20 @@ class Capture:
             f"disk left {size_text(shutil.disk_usage(self.store.path).free)}"
         )
 
+    def rows_ever(self) -> int:
+        """Rows committed to the stream so far, those dropped meanwhile included."""
+        state = self.store.state()
+        info = state.streams.get(self.inputs.stream)
+        if info is None:
+            return 0
+        dropped = state.dropped.get(info.stream_id)
+        kept = state.stream_totals(info.stream_id).rows
+        return kept + (dropped.totals.rows if dropped else 0)
+
     def say_kept(self, rows_before: int) -> None:
-        """What of it is stored, where the store failed."""
-        stream, received = self.inputs.stream, self.progress.rows
-        stored = len(self.store[stream]) - rows_before if stream in self.store else 0
-        text = f"Of {received} {_noun(stream)} received {stored} are stored."
+        """What of it was stored, where the store failed."""
+        received, stored = self.progress.rows, self.rows_ever() - rows_before
+        text = f"Of {received} {_noun(self.inputs.stream)} received {stored} are stored."
         self.log.say("kept", text, received=received, stored=stored)
 
     def summarise(self) -> None:

@@ -11,6 +11,15 @@ from kvstore import libc
 from kvstore import store as stores
 from kvstore.cli.capture import PIPE_THEM, refuse_terminal, stop_signal
 from kvstore.cli.intake import Capture, Inputs
+from kvstore.cli.limits import (
+    ClockStep,
+    GapAfter,
+    MaxAge,
+    MaxBytes,
+    MinFree,
+    WhenFull,
+    changes,
+)
 from kvstore.cli.log import Log
 from kvstore.cli.options import (
     STDIN,
@@ -27,8 +36,9 @@ from kvstore.notify import Notifier
 from kvstore.packets import FRAME_BYTES_MAX
 from kvstore.serve import CONNECTIONS_MAX
 from kvstore.serve import FRAME_BYTES_MAX as SERVED_BYTES_MAX
+from kvstore.settings import Settings
 from kvstore.sockets import SOCKET_MODE
-from kvstore.writer import FLUSH_INTERVAL_S, SEGMENT_BYTES
+from kvstore.writer import FLUSH_INTERVAL_S
 
 
 def write(
@@ -68,14 +78,15 @@ def write(
         ),
     ] = FLUSH_INTERVAL_S,
     segment_bytes: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="Size at which a new segment is begun; 2GiB if not given.",
+            help="Size at which a new segment is begun; 2GiB if not given, or a sixteenth of "
+            "the store's max-bytes.",
             show_default=False,
             parser=size_bytes,
             metavar="SIZE",
         ),
-    ] = SEGMENT_BYTES,
+    ] = None,
     max_packet_bytes: Annotated[
         int | None,
         typer.Option(
@@ -85,6 +96,12 @@ def write(
             metavar="SIZE",
         ),
     ] = None,
+    max_bytes: MaxBytes = None,
+    max_age: MaxAge = None,
+    min_free_space: MinFree = None,
+    when_full: WhenFull = None,
+    gap_after: GapAfter = None,
+    clock_step: ClockStep = None,
     listen: Annotated[
         Path | None,
         typer.Option(
@@ -130,8 +147,9 @@ def write(
 
     From files or a pipe, to their end; or, with --listen or --reopen, as a service for producers
     that come and go. SIGINT, SIGTERM and the end of the input commit everything received; what
-    came before an error is kept. Exit codes: 0 all is stored; 1 stopped at a malformed packet or a
-    full disk; 3 stored, but for packets that were rejected or an input that was cut off.
+    came before an error is kept. Limits that are given stay with the store, as with `kvstore set`.
+    Exit codes: 0 all is stored; 1 stopped at a malformed packet or a full disk; 3 stored, but for
+    packets that were rejected or an input that was cut off.
     """
     serves = listen is not None or reopen
     inputs = Inputs(
@@ -145,8 +163,17 @@ def write(
         socket_mode=socket_mode,
         connections_max=max_connections,
     )
+    limits = changes(
+        max_bytes=max_bytes,
+        max_age_s=max_age,
+        min_free_bytes=min_free_space,
+        when_full=when_full,
+        gap_after_s=gap_after,
+        clock_step_s=clock_step,
+    )
     log = Log(log_format)
     try:
+        Settings(**limits).checked()  # before a store is made
         libc.keep_freed_memory()
         with (
             stop_signal() as stop,
@@ -154,6 +181,8 @@ def write(
                 path, "w", flush_interval_s=flush_interval, segment_bytes=segment_bytes
             ) as store,
         ):
+            if limits:
+                store.set(**limits)
             code = _run(Capture(store, inputs, log, Notifier()), stop, metrics_file)
     except (KvstoreError, OSError) as error:
         if log_format == "text":
@@ -165,8 +194,7 @@ def write(
 
 
 def _run(capture: Capture, stop: int, metrics_file: Path | None) -> int:
-    store, stream = capture.store, capture.inputs.stream
-    before = len(store[stream]) if stream in store else 0
+    before = capture.rows_ever()
     try:
         with (
             capture.metrics_in(metrics_file),
