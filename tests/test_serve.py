@@ -130,6 +130,20 @@ def make(path):
         yield make_one
 
 
+@pytest.fixture
+def held_back(monkeypatch):
+    """The server begins to serve once this event is set: all is there by then."""
+    began = threading.Event()
+    inner = Server.run
+
+    def late(self, stop_fd):
+        began.wait(20)
+        inner(self, stop_fd)
+
+    monkeypatch.setattr(Server, "run", late)
+    return began
+
+
 # ---- coming and going ----
 
 
@@ -174,21 +188,13 @@ def test_a_packet_larger_than_any_socket_buffer_arrives(make):
 
 
 def test_all_that_was_sent_before_the_stop_is_kept_even_of_who_was_not_yet_let_in(
-    make, monkeypatch
+    make, held_back
 ):
-    began = threading.Event()
-    inner = Server.run
-
-    def late(self, stop_fd):
-        began.wait(20)
-        inner(self, stop_fd)
-
-    monkeypatch.setattr(Server, "run", late)
     with make() as service:
         data = b"".join(packet([n]) for n in range(100))
         clients = [service.connect(data), service.connect(packet([100]) + TORN)]
         os.write(service.stop_in, b"!")
-        began.set()
+        held_back.set()
         service._thread.join(20)
         assert service.rows() == list(range(101))
         assert service.progress.interrupted == 1
@@ -257,13 +263,23 @@ def test_a_flood_of_small_packets_does_not_stop_the_others(make, monkeypatch):
         assert not any(thread.is_alive() for thread in threads)
 
 
-def test_a_turn_ends_in_time_and_what_is_left_comes_in_the_next(make, monkeypatch):
+def test_a_turn_ends_in_time_and_the_others_have_theirs(make, monkeypatch, held_back):
     monkeypatch.setattr(serve, "TURN_S", 0.0)  # one packet a turn
+    order = []
+    inner = Target.append
+
+    def append(self, packet):
+        order.extend(packet.arrays["time"].tolist())
+        inner(self, packet)
+
+    monkeypatch.setattr(Target, "append", append)
     with make() as service:
-        with service.connect(b"".join(packet([n]) for n in range(300))):
-            pass
-        service.wait_for("disconnected")
-        assert service.rows() == list(range(300))
+        service.connect(b"".join(packet([n]) for n in range(300))).close()
+        service.connect(packet([1000])).close()
+        held_back.set()
+        service.wait_for("disconnected", 2)
+        assert order.index(1000) < 10
+        assert service.rows() == [*range(300), 1000]
 
 
 def test_who_finds_no_place_is_told_why_and_finds_one_later(make):
