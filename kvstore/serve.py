@@ -1,7 +1,9 @@
 """Several producers at once -> one stream: Unix sockets, and FIFOs that outlive their writers.
 
-One thread takes turns: a turn is one read of one producer and at most TURN_S of appending, so
-that none of them waits for another's flood. What a producer can do is bounded, and ends with it:
+One thread serves them in turns. A turn is one read and at most TURN_S of appending; it goes to
+whoever, of those that have something to say, has had least of the thread's time: a flood of small
+or malformed packets uses up its own share, not the others'. What a producer can do is bounded,
+and ends with it:
 
 - memory: a buffer of the packet limit each, and as many producers as there are places;
 - a malformed packet cuts that producer off (or is passed over, where skipping is asked for); what
@@ -96,6 +98,8 @@ class Server:
         self._producers: dict[int, _Producer] = {}
         self._closed_fifos = dict.fromkeys(fifos, 0.0)  # and when to open them
         self._ready: set[int] = set()
+        self._spent_s: dict[int, float] = {}  # of this thread's time, by file descriptor
+        self._least_s = 0.0  # at the last turn
 
     def run(self, stop_fd: int) -> None:
         """Serve until ``stop_fd`` is readable; then take in what was sent by then."""
@@ -107,9 +111,11 @@ class Server:
             ready = {fd for fd, _ in self._epoll.poll(0 if self._ready else _TICK_S)}
             if stop_fd in ready:
                 break
+            for fd in ready - self._ready:  # silence earns no right to a flood
+                self._spent_s[fd] = max(self._spent_s.get(fd, 0.0), self._least_s)
             self._ready |= ready
-            for fd in list(self._ready):
-                self._turn(fd)
+            if self._ready:
+                self._take_turn(min(self._ready, key=self._spent_s.__getitem__))
             self._tick()
         self._finish()
 
@@ -120,6 +126,13 @@ class Server:
         self._epoll.close()
 
     # ---- turns ----
+
+    def _take_turn(self, fd: int) -> None:
+        self._least_s = self._spent_s[fd]
+        began_s = time.thread_time()  # waiting for the disk is nobody's fault
+        self._turn(fd)
+        if fd in self._spent_s:
+            self._spent_s[fd] += time.thread_time() - began_s
 
     def _turn(self, fd: int) -> None:
         if self._listener is not None and fd == self._listener.socket.fileno():
@@ -252,6 +265,7 @@ class Server:
 
     def _forget(self, producer: _Producer) -> None:
         del self._producers[producer.fd]
+        self._spent_s.pop(producer.fd, None)
         self._ready.discard(producer.fd)
         if isinstance(producer, _Connection):
             self._progress.connected -= 1

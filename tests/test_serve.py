@@ -187,9 +187,7 @@ def test_a_packet_larger_than_any_socket_buffer_arrives(make):
         assert service.rows() == [0, 1, 2]
 
 
-def test_all_that_was_sent_before_the_stop_is_kept_even_of_who_was_not_yet_let_in(
-    make, held_back
-):
+def test_all_that_was_sent_before_the_stop_is_kept_even_of_who_was_not_yet_let_in(make, held_back):
     with make() as service:
         data = b"".join(packet([n]) for n in range(100))
         clients = [service.connect(data), service.connect(packet([100]) + TORN)]
@@ -280,6 +278,29 @@ def test_a_turn_ends_in_time_and_the_others_have_theirs(make, monkeypatch, held_
         service.wait_for("disconnected", 2)
         assert order.index(1000) < 10
         assert service.rows() == [*range(300), 1000]
+
+
+def test_who_costs_much_gets_few_turns(make, monkeypatch, held_back):
+    """A flood of what is dear to take in does not take the time of what is cheap."""
+    monkeypatch.setattr(serve, "TURN_S", 0.0)
+    spent = [0.0]
+    order = []
+    inner = Target.append
+
+    def append(self, packet):
+        number = int(packet.arrays["time"][0])
+        spent[0] += 10.0 if number < 1000 else 1.0
+        order.append(number)
+        inner(self, packet)
+
+    monkeypatch.setattr(Target, "append", append)
+    monkeypatch.setattr(serve.time, "thread_time", lambda: spent[0])
+    with make() as service:
+        for begin in (0, 100, 1000):
+            service.connect(b"".join(packet([begin + n]) for n in range(50))).close()
+        held_back.set()
+        service.wait_for("disconnected", 3)
+        assert sum(number < 1000 for number in order[: order.index(1049)]) <= 12
 
 
 def test_who_finds_no_place_is_told_why_and_finds_one_later(make):
