@@ -280,27 +280,58 @@ def test_a_turn_ends_in_time_and_the_others_have_theirs(make, monkeypatch, held_
         assert service.rows() == [*range(300), 1000]
 
 
-def test_who_costs_much_gets_few_turns(make, monkeypatch, held_back):
-    """A flood of what is dear to take in does not take the time of what is cheap."""
-    monkeypatch.setattr(serve, "TURN_S", 0.0)
-    spent = [0.0]
-    order = []
+@pytest.fixture
+def costs(monkeypatch):
+    """One packet a turn; those below 1000 cost ten times the others. The order of all packets.
+
+    The packet 999 waits for ``order.go``.
+    """
+
+    class Order(list):
+        go = threading.Event()
+
+    spent, order = [0.0], Order()
     inner = Target.append
 
     def append(self, packet):
         number = int(packet.arrays["time"][0])
         spent[0] += 10.0 if number < 1000 else 1.0
         order.append(number)
+        if number == 999:
+            assert order.go.wait(20)
         inner(self, packet)
 
+    monkeypatch.setattr(serve, "TURN_S", 0.0)
     monkeypatch.setattr(Target, "append", append)
     monkeypatch.setattr(serve.time, "thread_time", lambda: spent[0])
+    return order
+
+
+def packets(begin, count):
+    return b"".join(packet([begin + n]) for n in range(count))
+
+
+def test_who_costs_much_gets_few_turns(make, costs, held_back):
+    """A flood of what is dear to take in does not take the time of what is cheap."""
     with make() as service:
         for begin in (0, 100, 1000):
-            service.connect(b"".join(packet([begin + n]) for n in range(50))).close()
+            service.connect(packets(begin, 50)).close()
         held_back.set()
         service.wait_for("disconnected", 3)
-        assert sum(number < 1000 for number in order[: order.index(1049)]) <= 12
+        assert sum(number < 1000 for number in costs[: costs.index(1049)]) <= 12
+
+
+def test_who_was_silent_has_no_right_to_a_flood(make, costs):
+    with make() as service:
+        busy, silent = service.connect(packets(0, 30)), service.connect()
+        service.wait(lambda: len(costs) == 30)
+        busy.sendall(packet([999]))
+        service.wait(lambda: len(costs) == 31)
+        busy.sendall(packets(100, 20))
+        silent.sendall(packets(200, 20))
+        costs.go.set()
+        service.wait(lambda: len(costs) == 71)
+        assert sum(100 <= number < 200 for number in costs[31:51]) >= 8
 
 
 def test_who_finds_no_place_is_told_why_and_finds_one_later(make):
