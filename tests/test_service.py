@@ -19,7 +19,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import kvstore
-from kvstore import libc
+from kvstore import libc, metrics
+from kvstore.ingest import Progress
 from kvstore.packets import encode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -358,3 +359,14 @@ def test_the_unit_s_command_has_options_that_exist():
     assert [option for option in options if option not in done.stdout] == []
     (path,) = re.findall(r"unix:(\S+)", command)
     assert f"ListenStream={path}\n" in (UNITS / "kvstore.socket").read_text()
+
+
+@pytest.mark.parametrize("name", ["docs/service.md", "deploy/prometheus/kvstore.rules.yml"])
+def test_every_metric_that_is_spoken_of_exists(path, name):
+    with kvstore.open(path, "w") as store:
+        text = metrics.render(metrics.families_of(store, Progress()), {})
+    there = set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE))
+    named = set(re.findall(r"kvstore_\w+", (ROOT / name).read_text()))
+    assert named
+    assert {name.removesuffix("_bucket") for name in named} - there == set()
+    assert name.startswith("deploy") or named == there
