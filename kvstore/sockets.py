@@ -75,10 +75,13 @@ def _handed_over(path: Path) -> socket.socket | None:
     """The socket that systemd opened for this process; None where it opened none."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return None
-    count = int(os.environ["LISTEN_FDS"])
+    count = int(os.environ.get("LISTEN_FDS", "0"))
     passed = [socket.socket(fileno=_FIRST_FD + number) for number in range(count)]
     names = [each.getsockname() for each in passed]
     matching = [s for s, name in zip(passed, names, strict=True) if name == str(path)]
+    for each in passed:
+        if each not in matching[:1]:
+            each.close()
     if not matching or matching[0].type != socket.SOCK_STREAM:
         raise ListenError(
             f"{path}: systemd passed the sockets {names}, none of them a stream at this path; "
