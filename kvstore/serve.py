@@ -36,7 +36,7 @@ from kvstore.ingest import Intake, OnError, Progress
 from kvstore.sockets import Listener, peer
 
 CONNECTIONS_MAX: Final = 16
-FRAME_BYTES_MAX: Final = 16 << 20  # of one packet: 2,700 particles; times 16 is one pipe's 256 MiB
+PACKET_BYTES_MAX: Final = 16 << 20  # of one packet: 2,700 particles; times 16 is one pipe's 256 MiB
 TURN_S: Final = 0.02  # of appending at a time: a fifth of the flush interval
 _TICK_S: Final = 1.0
 _REOPEN_S: Final = 1.0  # without a reader a FIFO's writers fail; who sends steadily notices

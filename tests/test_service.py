@@ -10,8 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import kvstore
 from kvstore import libc, metrics
+from kvstore.cli.options import size_bytes
 from kvstore.ingest import Progress
 from kvstore.packets import encode
+from kvstore.serve import PACKET_BYTES_MAX
+from kvstore.sockets import SOCKET_MODE
 
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = ROOT / "deploy" / "systemd"
@@ -153,6 +157,36 @@ def test_after_kill_9_the_next_one_takes_over_socket_and_store(tmp_path):
         assert (code, log["summary"]["rows"]) == (0, 1)
     assert rows_in(tmp_path) == [1, 2]
     assert not (tmp_path / "in.sock").exists()
+
+
+@pytest.mark.slow
+def test_kill_9_under_load_keeps_a_prefix_of_each_producer(tmp_path):
+    def send(client, begin):
+        with suppress(OSError):
+            for n in range(100_000):
+                client.sendall(packet([begin + n]))
+
+    for round_ in range(3):
+        with service(tmp_path, *LISTEN, "--flush-interval", "5ms") as process:
+            begins = [round_ * 10**6 + k * 10**5 for k in range(3)]
+            clients = [process.connect() for _ in begins]
+            threads = [
+                threading.Thread(target=send, args=pair)
+                for pair in zip(clients, begins, strict=True)
+            ]
+            for thread in threads:
+                thread.start()
+            process.wait_for_rows((round_ + 1) * 500)
+            process.end(signal.SIGKILL)
+            for thread, client in zip(threads, clients, strict=True):
+                thread.join(20)
+                client.close()
+    found = sorted(rows_in(tmp_path))
+    for begin in {n // 10**5 * 10**5 for n in found}:
+        mine = [n for n in found if begin <= n < begin + 10**5]
+        assert mine == list(range(begin, begin + len(mine)))
+    with kvstore.open(tmp_path / "run.kv") as store:
+        assert sum(gap.kind == "unclean_stop" for gap in store.gaps()) == 2  # told by the next
 
 
 PRODUCER = """
@@ -332,6 +366,25 @@ def test_the_size_limit_holds_and_what_was_dropped_is_told(tmp_path):
     assert int(dropped) > 0
 
 
+def test_a_store_that_is_full_and_must_not_drop_ends_the_service_in_order(tmp_path):
+    rows = 2000
+    values = np.random.default_rng(1).integers(0, 2**62, (rows, 50))
+    data = b"".join(
+        b"".join(encode({"time": np.arange(rows) * 1.0, "v": values})) for _ in range(9)
+    )
+    limit = ["--max-bytes", "4MiB", "--when-full", "stop"]
+    with service(tmp_path, *LISTEN, *limit) as process:
+        with process.connect() as client, suppress(BrokenPipeError):
+            while True:
+                client.sendall(data)
+        code, log = process.process.wait(30), process.end()[1]
+    assert code == 1
+    assert log["failed"]["kind"] == "DiskFull"
+    assert 0 < log["kept"]["stored"] == len(rows_in(tmp_path)) < log["kept"]["received"]
+    assert log["kept"]["stored"] % rows == 0
+    assert not (tmp_path / "in.sock").exists()
+
+
 # ---- the units ----
 
 
@@ -350,13 +403,16 @@ def test_systemd_takes_the_units(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_unit_s_command_has_options_that_exist():
+def test_unit_and_help_speak_of_what_there_is():
     text = (UNITS / "kvstore.service").read_text()
     command = re.search(r"^ExecStart=(.*?[^\\])\n", text, re.DOTALL | re.MULTILINE)[1]
     done = subprocess.run([*COMMAND, "write", "--help"], capture_output=True, text=True, check=True)
     options = re.findall(r"--[a-z-]+", command)
     assert "--listen" in options
     assert [option for option in options if option not in done.stdout] == []
+    said = re.sub(r"\s+", " ", done.stdout)
+    assert size_bytes(re.search(r"in a service (\w+)", said)[1]) == PACKET_BYTES_MAX
+    assert f"else {SOCKET_MODE:04o}" in said
     (path,) = re.findall(r"unix:(\S+)", command)
     assert f"ListenStream={path}\n" in (UNITS / "kvstore.socket").read_text()
 

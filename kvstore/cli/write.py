@@ -34,8 +34,7 @@ from kvstore.errors import KvstoreError, StoreError
 from kvstore.ingest import PARTICLES
 from kvstore.notify import Notifier
 from kvstore.packets import FRAME_BYTES_MAX
-from kvstore.serve import CONNECTIONS_MAX
-from kvstore.serve import FRAME_BYTES_MAX as SERVED_BYTES_MAX
+from kvstore.serve import CONNECTIONS_MAX, PACKET_BYTES_MAX
 from kvstore.settings import Settings
 from kvstore.sockets import SOCKET_MODE
 from kvstore.writer import FLUSH_INTERVAL_S
@@ -156,7 +155,7 @@ def write(
         files=_served(files or [], listen) if serves else _read(files or [STDIN]),
         stream=stream,
         time_field=time_field,
-        packet_bytes_max=max_packet_bytes or (SERVED_BYTES_MAX if serves else FRAME_BYTES_MAX),
+        packet_bytes_max=max_packet_bytes or (PACKET_BYTES_MAX if serves else FRAME_BYTES_MAX),
         skip=on_error == "skip",
         serves=serves,
         socket=listen,
