@@ -88,7 +88,8 @@ class Service:
         client = socket.socket(socket.AF_UNIX)
         client.connect(str(self.socket))
         self._clients.append(client)
-        client.sendall(data)
+        if data:  # even nothing can't be sent to who has hung up
+            client.sendall(data)
         return client
 
     def said(self, name):
