@@ -114,7 +114,7 @@ class Active:
         self._make_room(batches)
         group = [*group, *self._clock_step()]
         self._with_room(lambda: self._put(batches, group))
-        self.keep_in_order()
+        self._roll_if_full()
 
     def change(self, *changes: Change) -> None:
         """Commit changes that bring no rows; if need be with the last room there is."""
@@ -148,10 +148,15 @@ class Active:
 
     def keep_in_order(self) -> None:
         """Seal what is full or old, drop what is too old; what fails is tried again next time."""
+        self._roll_if_full()
+        with suppress(StoreError, OSError):
+            self.drop(retention.aged(self.state, self._clock.now_ns()))
+
+    def _roll_if_full(self) -> None:
+        """Now rather than in the next commit, which tries again where this fails."""
         with suppress(StoreError, OSError):
             if self._is_full():
                 self.roll()
-            self.drop(retention.aged(self.state, self._clock.now_ns()))
 
     def _sizes(self, needed: int) -> retention.Sizes:
         leaving = sum(self._unlinking.values())

@@ -183,13 +183,8 @@ class Committer:
                 if self._closing and self._gave_up():
                     break
                 is_due = self._is_due()
-                try:
-                    if is_due:
-                        self._seal()
-                except BaseException as error:  # noqa: BLE001  # out of memory
-                    self._failed([], error)
-                    continue
-                group, ticket = self._take() if is_due else ([], self._answered)
+                is_sealed = is_due and self._sealed()
+                group, ticket = self._take() if is_sealed else ([], self._answered)
                 self._progress.notify_all()  # there is room
             try:
                 with self.stats.timed(len(group)):
@@ -198,7 +193,7 @@ class Committer:
                 with self.lock:
                     self._failed(group, error)
             else:
-                self._succeeded(ticket) if is_due else None
+                self._succeeded(ticket) if is_sealed else None
             del group  # its memory, before the next wait
             self._serve(calls)
         self._serve(calls)
@@ -210,6 +205,15 @@ class Committer:
         while not (self._is_due() or self._calls) and time.monotonic() < self._tick_s:
             self._work.wait(min(self._patience_s(), max(self._tick_s - time.monotonic(), 0)))
 
+    def _sealed(self) -> bool:
+        """Have the staged rows queued; whether that went well."""
+        try:
+            self._seal()
+        except BaseException as error:  # noqa: BLE001  # out of memory
+            self._failed([], error)
+            return False
+        return True
+
     def _serve(self, calls: Sequence[tuple[Future[Any], Callable[[Active], Any]]]) -> None:
         """Between commits: what was called for, what others ask for, what the limits demand."""
         for done, act in calls:
@@ -220,14 +224,19 @@ class Committer:
         if time.monotonic() < self._tick_s:
             return
         self._tick_s = time.monotonic() + TICK_S
-        with suppress(KvstoreError, OSError):  # tried again at the next tick
-            operations.answer(self._active)
-        self._active.keep_in_order()
-        with self.lock:
-            self._tick()
+        try:
+            with suppress(KvstoreError, OSError):  # tried again at the next tick
+                operations.answer(self._active)
+            self._active.keep_in_order()
+            with self.lock:
+                self._tick()
+        except BaseException as error:  # noqa: BLE001  # a thread that ended would let all wait
+            with self.lock:
+                self._failed([], error)
 
     def _gave_up(self) -> bool:
-        return self.error is not None or not (self._queue or self.staged_bytes)
+        is_asked = self._asked > self._answered  # by a flush beside close: it waits
+        return self.error is not None or not (self._queue or self.staged_bytes or is_asked)
 
     def _take(self) -> tuple[list[Queued], int]:
         """What goes into the next commit, and the last flush that it answers.

@@ -17,7 +17,7 @@ from typing import Any, Final
 from kvstore import requests
 from kvstore.errors import StoreError, StoreLocked
 from kvstore.layout import Layout
-from kvstore.settings import Settings
+from kvstore.settings import Settings, storable
 from kvstore.store import open_store
 from kvstore.timestamps import TimeLike, Unit, range_ns
 
@@ -42,7 +42,8 @@ def pin(
 ) -> int:
     """Keep all segments that hold rows of this time range, now or later; the pin's number."""
     first, last = range_ns(start, stop, unit=unit)
-    return int(_ask(path, "pin", {"start_ns": first, "stop_ns": last, "label": label})["pin_id"])
+    asked = {"start_ns": first, "stop_ns": last, "label": storable(label)}
+    return int(_ask(path, "pin", asked)["pin_id"])
 
 
 def unpin(path: StorePath, pin_id: int) -> None:

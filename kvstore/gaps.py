@@ -21,7 +21,7 @@ import numpy as np
 
 from kvstore.errors import StoreError
 from kvstore.schema import Array
-from kvstore.settings import Settings
+from kvstore.settings import Settings, storable
 from kvstore.timestamps import MAX_NS, MIN_NS, ticks_per_second, time_to_ns, typed_time
 
 KINDS: Final = (
@@ -55,8 +55,16 @@ def checked(gap: Gap) -> Gap:
     if gap.kind not in KINDS:
         raise StoreError(f"a gap of kind {gap.kind!r}: there are {', '.join(KINDS)}")
     start, stop = (min(max(int(end), MIN_NS), MAX_NS) for end in (gap.start_ns, gap.stop_ns))
-    detail = gap.detail[:DETAIL_CHARS_MAX]
-    return gap._replace(start_ns=min(start, stop), stop_ns=max(start, stop), detail=detail)
+    rows, occurrences = (min(max(int(n), 0), MAX_NS) for n in (gap.rows, gap.occurrences))
+    return Gap(
+        gap.kind,
+        min(start, stop),
+        max(start, stop),
+        storable(gap.stream),
+        rows,
+        occurrences,
+        storable(gap.detail)[:DETAIL_CHARS_MAX],
+    )
 
 
 def placed(known: Mapping[int, Gap], gap: Gap) -> tuple[int, Gap]:
@@ -87,8 +95,8 @@ def _told_together(old: Gap, new: Gap) -> Gap:
         start_ns=min(old.start_ns, new.start_ns),
         stop_ns=max(old.stop_ns, new.stop_ns),
         stream=old.stream if old.stream == new.stream else "",
-        rows=old.rows + new.rows,
-        occurrences=old.occurrences if goes_on else old.occurrences + new.occurrences,
+        rows=min(old.rows + new.rows, MAX_NS),
+        occurrences=min(old.occurrences + (0 if goes_on else new.occurrences), MAX_NS),
     )
 
 

@@ -13,9 +13,10 @@ from typing import Any, Final
 from kvstore import requests, retention
 from kvstore.active import Active
 from kvstore.changes import Unpin
-from kvstore.errors import KvstoreError, StoreError
+from kvstore.errors import StoreError
 from kvstore.segment import Sealed, State, Totals
-from kvstore.settings import LABEL_CHARS_MAX, PINS_MAX, Pin, Settings
+from kvstore.settings import LABEL_CHARS_MAX, PINS_MAX, Pin, Settings, storable
+from kvstore.timestamps import MAX_NS, MIN_NS
 
 
 def perform(active: Active, what: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,8 +39,8 @@ def answer(active: Active) -> None:
             if request.what == "pin":
                 arguments["request"] = request.name
             result: Any = perform(active, request.what, arguments)
-        except KvstoreError as error:
-            requests.answer(request, str(error), is_error=True)
+        except Exception as error:  # noqa: BLE001  # anybody's input: it must not end the thread
+            requests.answer(request, str(error) or repr(error), is_error=True)
         else:
             requests.answer(request, result, is_error=False)
 
@@ -59,6 +60,7 @@ def pin(
 ) -> dict[str, Any]:
     """Keep the segments of a time range; its number, and how many there are by now."""
     state = active.state
+    _check_times(start_ns, stop_ns)
     if start_ns > stop_ns:
         raise StoreError("a pin that ends before it begins: give --start and --stop in order")
     known = next((p for p in state.pins.values() if request and p.request == request), None)
@@ -66,7 +68,7 @@ def pin(
         if len(state.pins) >= PINS_MAX:
             raise StoreError(f"{len(state.pins)} pins already, no more than {PINS_MAX}: unpin some")
         number = max(state.pins, default=0) + 1
-        label = label[:LABEL_CHARS_MAX]
+        label = storable(label)[:LABEL_CHARS_MAX]
         known = Pin(number, start_ns, stop_ns, label, time.time_ns(), request)
         active.change(known)
     held = [s for s in active.state.sealed.values() if retention.pinned_by(active.state, s)]
@@ -75,7 +77,7 @@ def pin(
 
 def unpin(active: Active, *, pin_id: int) -> dict[str, Any]:
     """Let go of a pinned range."""
-    if pin_id not in active.state.pins:
+    if not isinstance(pin_id, int) or pin_id not in active.state.pins:
         there = ", ".join(map(str, sorted(active.state.pins))) or "none"
         raise StoreError(f"no pin {pin_id}: there are {there}")
     active.change(Unpin(pin_id))
@@ -84,6 +86,7 @@ def unpin(active: Active, *, pin_id: int) -> dict[str, Any]:
 
 def drop(active: Active, *, before_ns: int) -> dict[str, Any]:
     """Drop the segments whose rows are all before a time; what went, and what was kept and why."""
+    _check_times(before_ns)
     own = active.state.totals
     if _rows(own) and _ends_before(active.state, own, before_ns):
         active.roll()  # so that it can go, too
@@ -98,6 +101,12 @@ def drop(active: Active, *, before_ns: int) -> dict[str, Any]:
         "bytes": sum(sealed.file_bytes for sealed in gone),
         "kept": kept,
     }
+
+
+def _check_times(*times_ns: int) -> None:
+    for time_ns in times_ns:
+        if not isinstance(time_ns, int) or not MIN_NS <= time_ns <= MAX_NS:
+            raise StoreError(f"{time_ns!r} is no time in ns since 1970")
 
 
 def _kept(state: State, before_ns: int) -> Iterator[dict[str, Any]]:

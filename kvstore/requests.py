@@ -10,6 +10,8 @@ effect is durable; one that a crash has repeated does no more than once would (o
 
 from __future__ import annotations
 
+import heapq
+import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -23,6 +25,7 @@ from kvstore.errors import DamageError
 from kvstore.layout import Layout, sync_folder, write_durably
 
 REQUEST_BYTES_MAX: Final = 64 << 10
+AT_ONCE_MAX: Final = 64  # looked at between two commits, which must go on
 _REQUEST: Final = ".request"
 _REPLY: Final = ".reply"
 _UNCLAIMED_S: Final = 600.0  # a reply that old has nobody who waits for it
@@ -65,10 +68,12 @@ def claim(path: Path) -> tuple[bool, Any] | None:
 def pending(layout: Layout) -> Iterator[Request]:
     """The requests there are, oldest first."""
     try:
-        names = sorted(path.name for path in layout.requests.iterdir())
+        with os.scandir(layout.requests) as listing:
+            names = (entry.name for entry in listing if _is_ours(entry))
+            first = heapq.nsmallest(AT_ONCE_MAX, names, key=_turn)
     except OSError:
         return
-    for name in names:
+    for name in first:
         path = layout.requests / name
         if path.suffix == _REQUEST:
             yield _read(path)
@@ -90,11 +95,24 @@ def withdraw(path: Path) -> None:
         path.unlink()
 
 
+def _turn(name: str) -> tuple[bool, str]:
+    return not name.endswith(_REQUEST), name
+
+
+def _is_ours(entry: os.DirEntry[str]) -> bool:
+    """A folder, a FIFO or a device is nothing to be read, nor to be taken away."""
+    return entry.is_symlink() or entry.is_file()
+
+
 def _read(path: Path) -> Request:
     try:
-        if path.is_symlink() or path.stat().st_size > REQUEST_BYTES_MAX:
-            return Request(path, path.stem, "", {}, "a link, or too large")
-        what, arguments = codec.unpacked(path.read_bytes(), path.name)
+        # Another file may have taken the name since it was listed: never wait for a FIFO.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            data = file.read(REQUEST_BYTES_MAX + 1)
+        if len(data) > REQUEST_BYTES_MAX:
+            return Request(path, path.stem, "", {}, "is too large")
+        what, arguments = codec.unpacked(data, path.name)
         return Request(path, path.stem, str(what), dict(arguments))
     except (OSError, DamageError, ValueError, TypeError) as error:
         return Request(path, path.stem, "", {}, f"cannot be read: {error}")

@@ -6,12 +6,13 @@ retention.py (what may be dropped), gaps.py (what is doubtful) and active.py (wh
 
 from __future__ import annotations
 
-import math
 from typing import Any, Final, Literal, NamedTuple, Self
 
 from kvstore.errors import StoreError
 
 MAX_BYTES_MIN: Final = 2 << 20  # a few of the smallest segments, and what stands beside them
+BYTES_MAX: Final = 1 << 60
+SECONDS_MAX: Final = 9_000_000_000  # as ns within an int64
 CLOCK_STEP_S: Final = 60.0
 LABEL_CHARS_MAX: Final = 200
 PINS_MAX: Final = 1000
@@ -53,18 +54,23 @@ class Settings(NamedTuple):
         return cls(**{name: record[name] for name in cls._fields if name in record})
 
     def checked(self) -> Self:
-        """These settings, StoreError where one makes no sense."""
+        """These settings with whole numbers of bytes; StoreError where one makes no sense."""
         if self.when_full not in ("", "drop-oldest", "stop"):
             raise StoreError(f"when_full={self.when_full!r}: use 'drop-oldest' or 'stop'")
-        if self.max_bytes is not None and self.max_bytes < MAX_BYTES_MIN:
-            raise StoreError(f"max_bytes={self.max_bytes}: use at least {MAX_BYTES_MIN}, or None")
-        if self.min_free_bytes is not None and self.min_free_bytes < 0:
-            raise StoreError(f"min_free_bytes={self.min_free_bytes}: use 0 or more, or None")
         for name in ("max_age_s", "gap_after_s", "clock_step_s"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise StoreError(f"{name}={value}: use a positive number of seconds, or None")
-        return self
+            if value is not None and not 0 < value <= SECONDS_MAX:
+                raise StoreError(f"{name}={value}: use seconds from 0 to {SECONDS_MAX}, or None")
+        return self._replace(
+            max_bytes=_whole("max_bytes", self.max_bytes, MAX_BYTES_MIN),
+            min_free_bytes=_whole("min_free_bytes", self.min_free_bytes, 0),
+        )
+
+
+def _whole(name: str, value: float | None, least: int) -> int | None:
+    if value is not None and not least <= value <= BYTES_MAX:
+        raise StoreError(f"{name}={value}: use {least} to {BYTES_MAX} bytes, or None")
+    return None if value is None else int(value)
 
 
 class Pin(NamedTuple):
@@ -79,3 +85,8 @@ class Pin(NamedTuple):
     label: str
     created_ns: int
     request: str = ""
+
+
+def storable(text: str) -> str:
+    """The text with what UTF-8 has no bytes for written out; from a file name, for instance."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -216,7 +216,7 @@ class Store:
 
     def unpin(self, pin_id: int) -> None:
         """Let retention have a pinned range again."""
-        self.writer().perform("unpin", {"pin_id": pin_id})
+        self.writer().perform("unpin", {"pin_id": int(pin_id)})
 
     def drop(self, before: TimeLike, *, unit: Unit | None = None) -> dict[str, Any]:
         """Drop the segments whose rows are all before a time; what went and what was kept.

@@ -85,7 +85,11 @@ class Writer:
         self._streams = {name: StreamWriter(info) for name, info in streams.items()}
         self._pool = ThreadPoolExecutor(ENCODERS, "kvstore-encode")
         if settings is not None:
-            self.perform("set", settings._asdict())
+            try:
+                self.perform("set", settings._asdict())
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def committer(self) -> Committer:

@@ -549,15 +549,55 @@ def test_what_is_no_request_is_answered_and_does_no_harm(path, hostile):
     ("what", "arguments"),
     [("rm", {}), ("set", {"max_bytes": 1}), ("set", {"color": 1}), ("pin", {}), ("unpin", {"x": 1}),
      ("pin", {"start_ns": 2, "stop_ns": 1}), ("set", {"max_age_s": float("nan")}),
-     ("set", {"when_full": "explode"}), ("set", {"max_bytes": "many"})],
+     ("set", {"when_full": "explode"}), ("set", {"max_bytes": "many"}),
+     ("set", {"max_age_s": 1e300}), ("set", {"max_bytes": float("nan")}),
+     ("set", {"max_bytes": float("inf")}), ("set", {"min_free_bytes": 1 << 70}),
+     ("pin", {"start_ns": "a", "stop_ns": "b"}), ("pin", {"start_ns": 0, "stop_ns": 1 << 64}),
+     ("pin", {"start_ns": 0.0, "stop_ns": 1.0}), ("unpin", {"pin_id": 1.0}),
+     ("drop", {"before_ns": "now"})],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(path, what, arguments):
     with kvstore.open(path, "w") as store:
+        store.pin(0, 1, unit="ns")
         before = store.state()
         with pytest.raises(StoreError):
             store.writer().perform(what, arguments)
         put(store, [0])
         assert store.settings == before.settings
+        assert store.state().pins == before.pins
+
+
+def test_bytes_may_be_given_as_a_float(path):
+    with kvstore.open(path, "w", settings=Settings(max_bytes=5e9), **TINY) as store:
+        assert repr(store.set(max_bytes=4e9).max_bytes) == "4000000000"
+        put(store, range(3))
+        assert numbers_in(store) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_no_request(path, make):
+    """The writer neither waits for a FIFO nor stumbles over a folder."""
+    with kvstore.open(path, "w") as store:
+        (path / "requests").mkdir()
+        make(path / "requests" / "1.request")
+        posted = requests.post(Layout(path), "set", {"max_age_s": 7.0})
+        deadline = time.monotonic() + 30
+        while not (answer := requests.claim(posted)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert not answer[0]
+        put(store, [0])
+    assert [file.name for file in (path / "requests").iterdir()] == ["1.request"]
+
+
+def test_many_requests_are_carried_out_a_few_at_a_time(path):
+    kvstore.open(path, "w").close()
+    for _ in range(requests.AT_ONCE_MAX + 5):
+        requests.post(Layout(path), "unpin", {"pin_id": 1})
+    kvstore.open(path, "w").close()
+    left = [file.suffix for file in (path / "requests").iterdir()]
+    assert left.count(".request") == 5
+    assert left.count(".reply") == requests.AT_ONCE_MAX
 
 
 def test_bad_settings_make_no_store(path):
