@@ -18,7 +18,7 @@ from typing import Final
 
 import numpy as np
 
-from kvstore import libc, retention
+from kvstore import codec, libc, retention
 from kvstore.changes import Change, Drop, Queued, next_state
 from kvstore.errors import DiskFull, StoreError
 from kvstore.gaps import Gap
@@ -35,6 +35,7 @@ from kvstore.segment import (
 from kvstore.timestamps import format_time
 
 _NS: Final = np.dtype(np.int64)
+_NO_CLOCK_BEFORE_NS: Final = 1_735_689_600 * 10**9  # 2025: older than this format
 _BLOCK_SPARE_BYTES: Final = 8 << 10  # pages that a block does not fill, and its share of the tree
 _COMMIT_SPARE_BYTES: Final = 128 << 10  # pages that a transaction copies
 
@@ -44,7 +45,7 @@ class Active:
 
     segment_bytes: size at which it is sealed; None for what suits the store's settings.
     interval_s: the flush interval, kept for the next opening to tell what a power cut cost.
-    let_go: called before dropped segments are removed, for this process to close them.
+    let_go: called before these dropped segments are removed, for this process to close them.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Active:
         *,
         segment_bytes: int | None,
         interval_s: float | None,
-        let_go: Callable[[], object],
+        let_go: Callable[[Sequence[int]], object],
     ):
         self.layout = layout
         self._let_go = let_go
@@ -70,10 +71,9 @@ class Active:
             self.state: State = self._segment.state(gaps=True)
             layout.remove(layout.unlisted(self.state))
             self._clock = _Clock(self.state)
-            self._begun_ns = max(
-                (s.clock_ns or s.last_commit_ns for s in self.state.sealed.values()),
-                default=self.state.clock_ns or self.state.created_ns,
-            )
+            # By the wall clock: where it has jumped, a segment is sealed early, at worst.
+            wall_age_ns = max(0, time.time_ns() - self.state.created_ns)
+            self._begun_ns = self._clock.now_ns() - wall_age_ns
             layout.keep_reserve()
             self._begin_session(interval_s)
         except BaseException:
@@ -111,7 +111,7 @@ class Active:
         if self._is_full():
             self._with_room(self.roll)
         batches = [item.finished() for item in group if item.batch is not None]
-        self._make_room(batches)
+        self._make_room(_needed_bytes(batches, group))
         group = [*group, *self._clock_step()]
         self._with_room(lambda: self._put(batches, group))
         self._roll_if_full()
@@ -119,12 +119,15 @@ class Active:
     def change(self, *changes: Change) -> None:
         """Commit changes that bring no rows; if need be with the last room there is."""
         group = [Queued(change=change) for change in changes]
+        self._with_reserve(lambda: self._put([], group))
+
+    def _with_reserve(self, act: Callable[[], None]) -> None:
         try:
-            self._put([], group)
+            act()
         except DiskFull:
             self.layout.release_reserve()
             try:
-                self._put([], group)
+                act()
             finally:
                 self.layout.keep_reserve()
 
@@ -163,14 +166,17 @@ class Active:
         used = self._segment.environment.used_bytes()
         return retention.Sizes(used, needed, leaving, self.layout.free_bytes())
 
-    def _make_room(self, batches: Sequence[EncodedBatch]) -> None:
-        """Drop what has to go for these batches; DiskFull where nothing more may."""
+    def _make_room(self, needed: int) -> None:
+        """Drop what has to go for that many bytes; DiskFull where nothing more may."""
         settings = self.state.settings
-        if not (settings.limits_size and batches):
+        if not (settings.limits_size and needed):
             return
-        needed = sum(b.stored_bytes + _BLOCK_SPARE_BYTES * len(b.blocks) for b in batches)
         sizes = self._sizes(needed + _COMMIT_SPARE_BYTES)
         plan = retention.plan(self.state, sizes)
+        if plan.missing and settings.drops_oldest and self._has_rows():
+            self.seal()  # so that it can go, too: the disk may be smaller than a segment
+            sizes = self._sizes(sizes.needed)
+            plan = retention.plan(self.state, sizes)
         self.drop(plan.drop)
         if plan.missing:
             raise DiskFull(
@@ -186,8 +192,12 @@ class Active:
             try:
                 return act()
             except DiskFull:
+                if not self.state.settings.drops_oldest:
+                    raise
+                if not any(retention.unpinned(self.state)) and self._has_rows():
+                    self.seal()
                 oldest = next(retention.unpinned(self.state), None)
-                if oldest is None or not self.state.settings.drops_oldest:
+                if oldest is None:
                     raise
                 self.drop([oldest.number])
                 self._wait_for_unlinks()
@@ -201,12 +211,17 @@ class Active:
         self._wait_for_unlinks()
         self._unlinking = sizes
         # Removing gigabytes takes a second: on a thread of its own, commits go on meanwhile.
-        self._unlinker = threading.Thread(target=self._unlink, name="kvstore-unlink", daemon=True)
-        self._unlinker.start()
+        unlinker = threading.Thread(target=self._unlink, name="kvstore-unlink", daemon=True)
+        try:
+            unlinker.start()
+        except RuntimeError:  # at exit no thread begins any more
+            self._unlink()
+        else:
+            self._unlinker = unlinker
 
     def _unlink(self) -> None:
         with suppress(StoreError, OSError):  # what stays is removed at the next opening
-            self._let_go()
+            self._let_go(list(self._unlinking))
             self.layout.remove(list(self._unlinking))
         self._unlinking = {}
 
@@ -221,12 +236,19 @@ class Active:
         return retention.segment_bytes(self.state.settings, self._segment_bytes)
 
     def _is_full(self) -> bool:
-        if not any(totals.rows for totals in self.state.totals.values()):
+        if not self._has_rows():
             return False  # however much it carries: a roll would not make it smaller
         environment = self._segment.environment
         limit = min(self._limit_bytes(), environment.map_bytes() - MAP_SPARE_BYTES)
         is_old = retention.is_due(self._begun_ns, self._clock.now_ns(), self.state.settings)
         return is_old or environment.used_bytes() >= limit
+
+    def _has_rows(self) -> bool:
+        return any(totals.rows for totals in self.state.totals.values())
+
+    def seal(self) -> None:
+        """Roll before its time; if need be with the last room there is."""
+        self._with_reserve(self.roll)
 
     def roll(self) -> None:
         """Seal the segment and go on in a new one, which carries the state."""
@@ -264,28 +286,43 @@ _RAISE_LIMIT: Final = (
 _ALL_PINNED: Final = "what is left is pinned: kvstore unpin, or raise the limit (kvstore set)"
 
 
+def _needed_bytes(batches: Sequence[EncodedBatch], group: Sequence[Queued]) -> int:
+    """What a group takes at most; 0 where it brings neither rows nor marks."""
+    marks = [codec.packed(item.marks) for item in group if item.marks]
+    return sum(b.stored_bytes + _BLOCK_SPARE_BYTES * len(b.blocks) for b in batches) + sum(
+        len(each) + _BLOCK_SPARE_BYTES for each in marks
+    )
+
+
+def _ticks_ns() -> int:
+    """A clock that nobody sets, and that goes on while the machine is suspended."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
 class _Clock:
     """The store's own clock: the wall clock's steps do not reach it while a writer lives.
 
-    Between sessions it goes on by what the wall clock says has passed, never back.
+    Between sessions it goes on by what the wall clock says has passed, never back; and not at
+    all where that clock was plainly wrong: a device without a battery wakes in 1970.
     """
 
     def __init__(self, state: State):
-        self._wall_ns, self._monotonic_ns = time.time_ns(), time.monotonic_ns()
+        self._wall_ns = time.time_ns()
+        self._ticks_ns = self._began_ns = _ticks_ns()
         newest = max(state.last_commit_ns, state.session.opened_ns, state.session.closed_ns)
-        rested_ns = max(0, self._wall_ns - (newest or state.created_ns))
-        self._base_ns = (state.clock_ns or newest or state.created_ns) + rested_ns
-        self._began_ns = self._monotonic_ns
+        newest = newest or state.created_ns
+        rested_ns = max(0, self._wall_ns - newest) if newest >= _NO_CLOCK_BEFORE_NS else 0
+        self._base_ns = (state.clock_ns or newest) + rested_ns
 
     def now_ns(self) -> int:
-        return self._base_ns + time.monotonic_ns() - self._began_ns
+        return self._base_ns + _ticks_ns() - self._began_ns
 
     def stepped(self, limit_s: float) -> Gap | None:
         """The wall clock's step since the last call, where it is beyond the limit."""
-        wall_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
-        expected_ns = self._wall_ns + monotonic_ns - self._monotonic_ns
+        wall_ns, ticks_ns = time.time_ns(), _ticks_ns()
+        expected_ns = self._wall_ns + ticks_ns - self._ticks_ns
         step_s = (wall_ns - expected_ns) / 1e9
-        self._wall_ns, self._monotonic_ns = wall_ns, monotonic_ns
+        self._wall_ns, self._ticks_ns = wall_ns, ticks_ns
         if abs(step_s) <= limit_s:
             return None
         kind = "clock_ahead" if step_s > 0 else "clock_back"
@@ -296,11 +333,14 @@ class _Clock:
 def _unclean(state: State, now_ns: int) -> Gap:
     interval_s = state.session.interval_s
     durable_ns = state.last_commit_ns or state.session.opened_ns
-    interval = "one flush" if interval_s is None else f"{interval_s:g} s"
+    lost = (
+        "came after the last flush"
+        if interval_s is None
+        else (f"arrived within {interval_s:g} s and during one commit, and no more than 96 MB")
+    )
     return Gap(
         "unclean_stop",
         durable_ns,
         now_ns,
-        detail=f"durable until {format_time(np.int64(durable_ns), _NS)}; lost at most what arrived "
-        f"within {interval} and during one commit, and no more than 96 MB",
+        detail=f"durable until {format_time(np.int64(durable_ns), _NS)}; lost at most what {lost}",
     )

@@ -51,7 +51,7 @@ class Committer:
         segment_bytes: int | None,
         seal: Callable[[], None],
         tick: Callable[[], None],
-        let_go: Callable[[], object],
+        let_go: Callable[[Sequence[int]], object],
     ):
         self.lock = threading.Lock()
         self.staged_bytes = 0

@@ -68,6 +68,17 @@ class Layout:
             )
         return numbers[-1]
 
+    def is_active(self, number: int) -> bool:
+        """Whether what was the active segment still is; cheap while a writer keeps it open.
+
+        The next one may be dropped by now and this one not, being pinned. Its lock file goes when
+        it is sealed, before anything later can be dropped.
+        """
+        path = self.segment_path(number)
+        if lock_path(path).exists():
+            return path.exists() and not self.segment_path(number + 1).exists()
+        return self.active() == number
+
     def exists(self) -> bool:
         """Whether a store stands here; a creation cut short does not count."""
         return (self.path / _IDENTITY).is_file()

@@ -33,16 +33,18 @@ def answer(active: Active) -> None:
     """Carry out what other processes ask for."""
     for request in requests.pending(active.layout):
         try:
-            if request.problem:
-                raise StoreError(f"request {request.name} {request.problem}")
-            arguments = dict(request.arguments)
-            if request.what == "pin":
-                arguments["request"] = request.name
-            result: Any = perform(active, request.what, arguments)
-        except Exception as error:  # noqa: BLE001  # anybody's input: it must not end the thread
+            result = _performed(active, request)
+        except Exception as error:  # noqa: BLE001  # anybody's input
             requests.answer(request, str(error) or repr(error), is_error=True)
         else:
             requests.answer(request, result, is_error=False)
+
+
+def _performed(active: Active, request: requests.Request) -> dict[str, Any]:
+    if request.problem:
+        raise StoreError(f"request {request.name} {request.problem}")
+    named = {"request": request.name} if request.what == "pin" else {}
+    return perform(active, request.what, request.arguments | named)
 
 
 def set_(active: Active, **changes: Any) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def drop(active: Active, *, before_ns: int) -> dict[str, Any]:
     _check_times(before_ns)
     own = active.state.totals
     if _rows(own) and _ends_before(active.state, own, before_ns):
-        active.roll()  # so that it can go, too
+        active.seal()  # so that it can go, too
     state = active.state
     kept = list(_kept(state, before_ns))
     old = [s for s in state.sealed.values() if _ends_before(state, s.totals, before_ns)]

@@ -108,7 +108,7 @@ def _read(path: Path) -> Request:
     try:
         # Another file may have taken the name since it was listed: never wait for a FIFO.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, "rb") as file:
+        with os.fdopen(fd, "rb") as file:
             data = file.read(REQUEST_BYTES_MAX + 1)
         if len(data) > REQUEST_BYTES_MAX:
             return Request(path, path.stem, "", {}, "is too large")

@@ -8,7 +8,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from kvstore.gaps import Gap
@@ -56,32 +56,44 @@ def segment_bytes(settings: Settings, wanted: int | None) -> int:
 
 
 def plan(state: State, sizes: Sizes) -> Plan:
-    """What has to go before a commit, for the limits of size."""
-    settings, rest = state.settings, list(unpinned(state))
-    if not settings.drops_oldest:
-        rest = []
-    drop: list[Sealed] = []
-    if settings.max_bytes is not None:
-        limit = settings.max_bytes - _BESIDE_BYTES
-        total = _total(state) + sizes.active + sizes.needed
-        # Early: removing a large file takes long, and writing should not wait for it.
-        while rest and total > limit - limit // SEGMENTS_OF_MAX_BYTES:
-            drop.append(rest.pop(0))
-            total -= drop[-1].file_bytes
-        if total > limit:
-            return _plan(drop, f"{total} bytes, the store's max_bytes is {settings.max_bytes}")
-    if settings.min_free_bytes is not None and not drop:
-        short = settings.min_free_bytes + sizes.needed - sizes.free - sizes.leaving
-        while rest and short > 0:
-            drop.append(rest.pop(0))
-            short -= drop[-1].file_bytes
-        if short > 0:
-            return _plan(drop, f"{sizes.free} bytes free, to be left are {settings.min_free_bytes}")
-    return _plan(drop)
+    """What has to go before a commit, for the limits of size; nothing where it were too little."""
+    over, early = _over(state, sizes)
+    short = _short(state, sizes)
+    drop: list[int] = []
+    dropped = 0
+    candidates = unpinned(state) if state.settings.drops_oldest else iter(())
+    while dropped < max(early, short) and (sealed := next(candidates, None)):
+        drop.append(sealed.number)
+        dropped += sealed.file_bytes
+    if dropped < over:
+        most = state.settings.max_bytes
+        return Plan((), f"{over + _limit(state)} bytes, the store's max_bytes is {most}")
+    if dropped < short:
+        least = state.settings.min_free_bytes
+        return Plan((), f"{sizes.free} bytes free, to be left are {least}")
+    return Plan(tuple(drop))
 
 
-def _plan(drop: Sequence[Sealed], missing: str = "") -> Plan:
-    return Plan(tuple(each.number for each in drop), missing)
+def _over(state: State, sizes: Sizes) -> tuple[int, int]:
+    """Bytes beyond the limit of size; and beyond what is to be kept below it.
+
+    Early: removing a large file takes long, and writing should not wait for it.
+    """
+    if state.settings.max_bytes is None:
+        return 0, 0
+    over = _total(state) + sizes.active + sizes.needed - _limit(state)
+    return over, over + _limit(state) // SEGMENTS_OF_MAX_BYTES
+
+
+def _short(state: State, sizes: Sizes) -> int:
+    """Bytes that the disk has too little."""
+    if state.settings.min_free_bytes is None:
+        return 0
+    return state.settings.min_free_bytes + sizes.needed - sizes.free - sizes.leaving
+
+
+def _limit(state: State) -> int:
+    return (state.settings.max_bytes or 0) - _BESIDE_BYTES
 
 
 def is_within(state: State, sizes: Sizes) -> bool:
@@ -89,7 +101,7 @@ def is_within(state: State, sizes: Sizes) -> bool:
     if state.settings.max_bytes is None:
         return True
     total = _total(state) + sizes.active + sizes.needed + sizes.leaving
-    return total <= state.settings.max_bytes - _BESIDE_BYTES
+    return total <= _limit(state)
 
 
 def _total(state: State) -> int:
@@ -102,7 +114,8 @@ def aged(state: State, clock_ns: int) -> list[int]:
     if max_age_s is None:
         return []
     limit_ns = clock_ns - int(max_age_s * 1e9)
-    return [s.number for s in unpinned(state) if (s.clock_ns or s.last_commit_ns) < limit_ns]
+    old = [s for s in state.sealed.values() if (s.clock_ns or s.last_commit_ns) < limit_ns]
+    return sorted(s.number for s in old if not pinned_by(state, s))
 
 
 def unpinned(state: State) -> Iterator[Sealed]:

@@ -11,13 +11,12 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final, Literal, NamedTuple, Self
 
 from kvstore import environment, retention
 from kvstore.errors import (
-    KvstoreError,
     SchemaError,
     StoreClosed,
     StoreError,
@@ -85,38 +84,55 @@ def open_store(
         raise StoreError(f"mode={mode!r}: use 'r' to read, 'w' to create or append")
     layout = Layout(path)
     if mode == "r":
-        return Store(layout, None)
+        return Store(layout, None, _Handles())
     check_options(flush_interval_s, segment_bytes, settings)
     if not layout.exists():
         layout.prepare()
-    holders: list[weakref.ref[Store]] = []  # weak: a store nobody has any more is closed
+    handles = _Handles()
     writer = Writer(
         layout,
         flush_interval_s=flush_interval_s,
         segment_bytes=segment_bytes,
         settings=settings,
-        let_go=lambda: _let_go(holders),
+        let_go=handles.let_go,
     )
     try:
-        store = Store(layout, writer)
+        return Store(layout, writer, handles)
     except BaseException:
         writer.close()
         raise
-    holders.append(weakref.ref(store))
-    return store
+
+
+class _Handles:
+    """Segments kept open between reads. Not the store: who holds these keeps no store alive."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.segments: OrderedDict[int, Segment] = OrderedDict()
+
+    def let_go(self, numbers: Iterable[int]) -> None:
+        """Close dropped segments: their space is free only once nobody has them open."""
+        with self.lock:
+            self.close(numbers)
+
+    def close(self, numbers: Iterable[int]) -> None:
+        """The same, with the lock held."""
+        for number in list(numbers):
+            if segment := self.segments.pop(number, None):
+                segment.close()
 
 
 class Store:
     """An open store; get one from ``kvstore.open``. Usable from several threads."""
 
-    def __init__(self, layout: Layout, writer: Writer | None):
+    def __init__(self, layout: Layout, writer: Writer | None, handles: _Handles):
         self._layout = layout
         self._store_id, self._created_ns = layout.identity()
         self._writer = writer
         self._generation = environment.generation
         self._closed = False
-        self._lock = threading.Lock()
-        self._segments: OrderedDict[int, Segment] = OrderedDict()
+        self._handles = handles
+        self._lock, self._segments = handles.lock, handles.segments
         # At exit, too: the commit thread ends with the interpreter, and rows may be waiting.
         self._shut = weakref.finalize(self, _shut, writer, self._segments)
         self._active = self._keep(self._open_active(layout.active()))
@@ -248,11 +264,6 @@ class Store:
         """Record a gap, in ns since 1970; durable with the next commit, as rows are."""
         self.writer().note(Gap(kind, start_ns, stop_ns, stream, rows, occurrences, detail))
 
-    def let_go(self) -> None:
-        """Close segments that were sealed or dropped meanwhile, and are kept open here."""
-        with suppress(KvstoreError):
-            self.state()
-
     def close(self) -> None:
         """Commit what was appended, close the files. Further use raises StoreClosed."""
         if self._closed or self._generation != environment.generation:
@@ -295,13 +306,12 @@ class Store:
         """The store as of the last commit; cached until there is a newer one."""
         self._check_usable()
         with self._lock:
-            while self._is_sealed(self._active.number):
-                self._active = self._keep(self._open_active(self._layout.active()))
-                self._state = None
+            self._go_on_if_sealed()
             commit = self._active.environment.last_commit()
             if self._state is None or commit != self._state.commit:
                 self._state = self._active.state()
-                self._forget_dropped(self._state)
+                there = {*self._state.sealed, self._state.number}
+                self._handles.close(self._segments.keys() - there)
             return self._state
 
     def open_segment(self, number: int, *, keep: bool = True) -> Segment:
@@ -344,21 +354,18 @@ class Store:
     def _active_segment(self) -> Iterator[Segment]:
         """The active segment, which no other thread closes meanwhile."""
         with self._lock:
+            self._go_on_if_sealed()
             segment = self._active.shared()
         try:
             yield segment
         finally:
             segment.close()
 
-    def _is_sealed(self, number: int) -> bool:
-        """Whether that segment is not the active one any more; it and the next may be gone."""
-        paths = self._layout.segment_path(number + 1), self._layout.segment_path(number)
-        return paths[0].exists() or not paths[1].exists()
-
-    def _forget_dropped(self, state: State) -> None:
-        """Close what was dropped: its space is free only once nobody has it open."""
-        for number in [n for n in self._segments if n != state.number and n not in state.sealed]:
-            self._segments.pop(number).close()
+    def _go_on_if_sealed(self) -> None:
+        """Before any use of the active segment, which may be sealed, dropped and closed by now."""
+        while not self._layout.is_active(self._active.number):
+            self._active = self._keep(self._open_active(self._layout.active()))
+            self._state = None
 
     def _keep(self, segment: Segment) -> Segment:
         """Hold on to an opened segment, and close the one that was opened first."""
@@ -385,12 +392,6 @@ class Store:
             raise StoreClosed(
                 f"{self.path}: opened before this process was forked; open the store again here"
             )
-
-
-def _let_go(holders: list[weakref.ref[Store]]) -> None:
-    for holder in holders:
-        if store := holder():
-            store.let_go()
 
 
 def _shut(writer: Writer | None, segments: OrderedDict[int, Segment]) -> None:

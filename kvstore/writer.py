@@ -55,7 +55,7 @@ class Writer:
         flush_interval_s: float | None,
         segment_bytes: int | None,
         settings: Settings | None,
-        let_go: Callable[[], object],
+        let_go: Callable[[Sequence[int]], object],
     ):
         self._layout = layout
         self._generation = environment.generation

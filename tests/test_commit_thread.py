@@ -27,7 +27,7 @@ def in_time(act):
     def run():
         try:
             found.set_result(act())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # the caller's
             found.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
