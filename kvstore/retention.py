@@ -21,6 +21,7 @@ SEGMENT_BYTES: Final = 2 << 30
 SEGMENT_BYTES_LIMITED_MIN: Final = 64 << 20
 SEGMENTS_OF_MAX_BYTES: Final = 16
 SEGMENTS_OF_MAX_AGE: Final = 8
+_EARLY_PART: Final = 16  # of a limit
 _SEGMENTS_MIN: Final = 4  # what is dropped at once stays a part of the whole
 _BESIDE_BYTES: Final = RESERVE_BYTES + (256 << 10)  # lock file, identity, a fresh segment
 
@@ -57,12 +58,12 @@ def segment_bytes(settings: Settings, wanted: int | None) -> int:
 
 def plan(state: State, sizes: Sizes) -> Plan:
     """What has to go before a commit, for the limits of size; nothing where it were too little."""
-    over, early = _over(state, sizes)
-    short = _short(state, sizes)
+    over, over_early = _over(state, sizes)
+    short, short_early = _short(state, sizes)
     drop: list[int] = []
     dropped = 0
     candidates = unpinned(state) if state.settings.drops_oldest else iter(())
-    while dropped < max(early, short) and (sealed := next(candidates, None)):
+    while dropped < max(over_early, short_early) and (sealed := next(candidates, None)):
         drop.append(sealed.number)
         dropped += sealed.file_bytes
     if dropped < over:
@@ -74,22 +75,24 @@ def plan(state: State, sizes: Sizes) -> Plan:
     return Plan(tuple(drop))
 
 
-def _over(state: State, sizes: Sizes) -> tuple[int, int]:
-    """Bytes beyond the limit of size; and beyond what is to be kept below it.
+# Both early: removing a large file takes long, and writing should not wait for it.
 
-    Early: removing a large file takes long, and writing should not wait for it.
-    """
+
+def _over(state: State, sizes: Sizes) -> tuple[int, int]:
+    """Bytes beyond the limit of size; and beyond what is to be kept below it."""
     if state.settings.max_bytes is None:
         return 0, 0
     over = _total(state) + sizes.active + sizes.needed - _limit(state)
-    return over, over + _limit(state) // SEGMENTS_OF_MAX_BYTES
+    return over, over + _limit(state) // _EARLY_PART
 
 
-def _short(state: State, sizes: Sizes) -> int:
-    """Bytes that the disk has too little."""
-    if state.settings.min_free_bytes is None:
-        return 0
-    return state.settings.min_free_bytes + sizes.needed - sizes.free - sizes.leaving
+def _short(state: State, sizes: Sizes) -> tuple[int, int]:
+    """Bytes that the disk has too little; and too little for what is to be kept above that."""
+    least = state.settings.min_free_bytes
+    if least is None:
+        return 0, 0
+    short = least + sizes.needed - sizes.free - sizes.leaving
+    return short, short + least // _EARLY_PART
 
 
 def _limit(state: State) -> int:
@@ -97,11 +100,10 @@ def _limit(state: State) -> int:
 
 
 def is_within(state: State, sizes: Sizes) -> bool:
-    """Whether the limit of size is kept even before what is leaving has left."""
-    if state.settings.max_bytes is None:
-        return True
-    total = _total(state) + sizes.active + sizes.needed + sizes.leaving
-    return total <= _limit(state)
+    """Whether the limits of size are kept even before what is leaving has left."""
+    over = _over(state, sizes._replace(needed=sizes.needed + sizes.leaving))[0]
+    short = _short(state, sizes._replace(leaving=0))[0]
+    return over <= 0 and short <= 0
 
 
 def _total(state: State) -> int:

@@ -280,6 +280,22 @@ def test_on_a_full_disk_the_oldest_go_where_that_is_wanted(volume, path):
     check_store(path)
 
 
+@pytest.mark.parametrize("least", [None, 2 << 20])
+def test_a_disk_smaller_than_a_segment_does_not_stop_it_for_good(volume, path, least):
+    options = kvstore.Settings(when_full="drop-oldest", min_free_bytes=least)
+    rng = np.random.default_rng(1)
+    with kvstore.open(path, "w", settings=options) as store:
+        for number in range(100):  # 40 MB on 16 MiB
+            noise = rng.random(25_000)
+            store.stream("s").append({"time": number + np.arange(25_000) / 25_000, "v": noise})
+            store.flush()
+            assert free_bytes(volume) >= (least or 0) - (256 << 10)  # a fresh segment
+        assert store["s"].last()["v"][0] == noise[-1]
+        (gap,) = store.gaps()
+        assert gap.rows + len(store["s"]) == 2_500_000
+    check_store(path)
+
+
 def test_a_clean_stop_on_a_full_disk_is_recorded(volume, path):
     with kvstore.open(path, "w") as store, ballast(volume, leaving=0):
         assert (path / "reserve").stat().st_blocks

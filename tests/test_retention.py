@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,33 @@ def test_a_full_store_that_is_to_stop_stops_and_goes_on_with_room(path):
         store.flush()  # what was waiting
         assert numbers_in(store) == list(range(len(kept) + 1))
         assert store.gaps() == ()
+
+
+def test_a_commit_that_can_never_fit_costs_no_rows(path):
+    with kvstore.open(path, "w", settings=Settings(max_bytes=4 * MIB)) as store:
+        put(store, range(15))
+        large = {"time": np.full(70_000, 99.0), "row": np.zeros(70_000, int)}
+        noise = np.random.default_rng(1).random((70_000, 20))
+        with suppress(DiskFull):
+            store.stream("s").append(large | {"noise": noise}, marks={"a": 1})
+        with pytest.raises(DiskFull, match="full by its own limit"):
+            store.flush()
+        assert numbers_in(store) == list(range(15))
+        with pytest.raises(DiskFull):
+            store.close()
+    with kvstore.open(path, "w") as store:
+        put(store, range(15, 60))
+        assert numbers_in(store)[-1] == 59
+
+
+def test_marks_count_for_the_limit(path):
+    with kvstore.open(path, "w", settings=Settings(max_bytes=3 * MIB)) as store:
+        with pytest.raises(DiskFull):  # noqa: PT012
+            for number in range(100):
+                store.flush(marks={f"mark {number}": bytes(60_000)})
+        assert used(path) <= 3 * MIB
+        assert len(store.marks) > 20
+        store.set(max_bytes=20 * MIB)
 
 
 def test_when_only_pinned_segments_are_left_writing_stops(path):
@@ -231,6 +259,37 @@ def test_time_between_sessions_counts(path, monkeypatch):
         assert 0 not in found
 
 
+def test_segments_of_short_sessions_grow_old(path, monkeypatch):
+    """An hourly job that writes a little each time."""
+    real, shift_ns = time.time_ns, 0
+    monkeypatch.setattr(time, "time_ns", lambda: real() + shift_ns)
+    with kvstore.open(path, "w", settings=Settings(max_age_s=86400.0)) as store:
+        put(store, [0])
+    for hour in range(1, 40):
+        shift_ns = hour * 3600 * 10**9
+        with kvstore.open(path, "w") as store:
+            put(store, [hour])
+    with kvstore.open(path) as store:
+        found = numbers_in(store)
+    assert 8 <= found[0] <= 16
+    assert found[-1] == 39
+
+
+def test_a_session_before_the_clock_was_set_makes_nothing_old(path, monkeypatch):
+    """A device without a battery wakes in 1970, writes a while, and next time knows the time."""
+    real, shift_ns = time.time_ns, 0
+    monkeypatch.setattr(time, "time_ns", lambda: real() + shift_ns)
+    with kvstore.open(path, "w", settings=Settings(max_age_s=86400.0), **TINY) as store:
+        put(store, range(5))
+    shift_ns = -real()
+    with kvstore.open(path, "w", **TINY) as store:
+        put(store, range(5, 8))
+    shift_ns = 0
+    with kvstore.open(path, "w", **TINY) as store:
+        put(store, [8])
+        assert numbers_in(store) == list(range(9))
+
+
 # ---- drop --before ----
 
 
@@ -302,9 +361,11 @@ def test_a_reader_that_slept_through_drops_behind_a_pin_finds_the_new_rows(path)
         store.pin(0.0, 0.5, "first")
         put(store, range(6))
         assert store.drop(5.0)["segments"] > 0
-        numbers = Layout(path).numbers()
-        assert 1 in numbers
-        assert 2 not in numbers
+        deadline = time.monotonic() + 30
+        while 2 in Layout(path).numbers():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert 1 in Layout(path).numbers()
         assert numbers_in(reader) == [0, 5]
 
 
@@ -322,6 +383,44 @@ def test_dropped_segments_are_not_kept_open(path):
             store.set(max_age_s=1e9)
         files = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
         assert not [name for name in files if name.endswith(".mdb (deleted)")]
+
+
+def test_at_exit_no_thread_is_needed_to_drop(path, monkeypatch):
+    start_thread = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == "kvstore-unlink":
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+        start_thread(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with kvstore.open(path, "w", settings=Settings(max_bytes=3 * MIB)) as store:
+        put(store, range(100))
+        assert used(path) <= 3 * MIB
+    with kvstore.open(path) as store:
+        assert numbers_in(store)[-1] == 99
+
+
+def test_a_store_that_nobody_has_any_more_closes_while_files_are_removed(path, monkeypatch):
+    """Its end waits for the thread that removes them, and must not be brought about there."""
+    removing, may_go_on = threading.Event(), threading.Event()
+    remove = Layout.remove
+
+    def wait(self, numbers):
+        removing.set()
+        assert may_go_on.wait(30)
+        remove(self, numbers)
+
+    store = kvstore.open(path, "w", **TINY)
+    put(store, range(5))
+    monkeypatch.setattr(Layout, "remove", wait)
+    store.drop(4.0)
+    assert removing.wait(30)
+    ended = weakref.finalize(store, lambda: None)
+    threading.Timer(0.2, may_go_on.set).start()
+    del store
+    assert not ended.alive
+    kvstore.open(path, "w").close()
 
 
 # ---- crashes between record and removal ----
@@ -690,6 +789,13 @@ def test_a_plan_drops_from_the_oldest_no_more_than_it_takes(sizes, limit, needed
     elif plan.drop:  # the last one had to go
         early = (limit - beside) - (limit - beside) // 16
         assert left + sizes[len(plan.drop) - 1] > early
+
+
+def test_both_limits_of_size_are_kept_at_once():
+    state = state_of([MIB] * 6)
+    state.settings = Settings(max_bytes=6 * MIB, min_free_bytes=4 * MIB)
+    plan = retention.plan(state, retention.Sizes(0, 0, 0, MIB))
+    assert plan == retention.Plan((1, 2, 3, 4))  # and a sixteenth early
 
 
 def test_segment_sizes_suit_the_limit():
