@@ -8,7 +8,8 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from kvstore.gaps import Gap
@@ -117,14 +118,36 @@ def aged(state: State, clock_ns: int) -> list[int]:
         return []
     limit_ns = clock_ns - int(max_age_s * 1e9)
     old = [s for s in state.sealed.values() if (s.clock_ns or s.last_commit_ns) < limit_ns]
-    return sorted(s.number for s in old if not pinned_by(state, s))
+    return [s.number for s in _unpinned(state, old)]
 
 
 def unpinned(state: State) -> Iterator[Sealed]:
     """Sealed segments that may be dropped, in the order they were sealed."""
-    for _, sealed in sorted(state.sealed.items()):
-        if not pinned_by(state, sealed):
+    return _unpinned(state, state.sealed.values())
+
+
+def _unpinned(state: State, some: Iterable[Sealed]) -> Iterator[Sealed]:
+    starts, stops = _pinned_times(state)
+    for sealed in sorted(some):
+        for first, last in spans_ns(state, sealed.totals) if starts else ():
+            before = bisect_right(starts, last)
+            if before and stops[before - 1] >= first:
+                break
+        else:
             yield sealed
+
+
+def _pinned_times(state: State) -> tuple[list[int], list[int]]:
+    """Starts and stops of all pins together, ascending, none touching another."""
+    starts: list[int] = []
+    stops: list[int] = []
+    for start, stop in sorted((pin.start_ns, pin.stop_ns) for pin in state.pins.values()):
+        if stops and start <= stops[-1]:
+            stops[-1] = max(stops[-1], stop)
+        else:
+            starts.append(start)
+            stops.append(stop)
+    return starts, stops
 
 
 def pinned_by(state: State, sealed: Sealed) -> str:

@@ -22,7 +22,9 @@ from stores import ROOT, start
 import kvstore
 from kvstore import DiskFull, Settings, StoreError, layout, requests, retention
 from kvstore.layout import Layout
-from kvstore.segment import Sealed, State
+from kvstore.schema import Schema
+from kvstore.segment import Sealed, State, StreamInfo, Totals
+from kvstore.settings import Pin
 
 MIB = 1 << 20
 ROWS = 500
@@ -789,6 +791,31 @@ def test_a_plan_drops_from_the_oldest_no_more_than_it_takes(sizes, limit, needed
     elif plan.drop:  # the last one had to go
         early = (limit - beside) - (limit - beside) // 16
         assert left + sizes[len(plan.drop) - 1] > early
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    pins=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=6),
+    spans=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=6),
+)
+def test_what_a_pin_touches_is_pinned(pins, spans):
+    """Both ends included; the quick way for many says what the plain one says."""
+    state = state_of([1] * len(spans))
+    schema = Schema.infer({"time": np.int64(1), "v": 1}, "")
+    state.streams["s"] = StreamInfo(1, "s", schema, (2,))
+    for number, (first, length) in enumerate(spans, start=1):
+        totals = {1: Totals(1, 1, 1, 1, first, first + length, 1)}
+        state.sealed[number] = state.sealed[number]._replace(totals=totals)
+    for number, (first, length) in enumerate(pins):
+        state.pins[number] = Pin(number, first, first + length, "", 0)
+    free = [sealed.number for sealed in retention.unpinned(state)]
+    expected = [
+        number
+        for number, (first, length) in enumerate(spans, start=1)
+        if not any(a <= first + length and first <= a + more for a, more in pins)
+    ]
+    assert free == expected
+    assert free == [s.number for s in state.sealed.values() if not retention.pinned_by(state, s)]
 
 
 def test_both_limits_of_size_are_kept_at_once():
