@@ -22,7 +22,7 @@ from kvstore import codec, libc, retention
 from kvstore.changes import Change, Drop, Queued, next_state
 from kvstore.errors import DiskFull, StoreError
 from kvstore.gaps import Gap
-from kvstore.layout import Layout
+from kvstore.layout import Layout, ticks_ns
 from kvstore.segment import (
     MAP_SPARE_BYTES,
     EncodedBatch,
@@ -294,11 +294,6 @@ def _needed_bytes(batches: Sequence[EncodedBatch], group: Sequence[Queued]) -> i
     )
 
 
-def _ticks_ns() -> int:
-    """A clock that nobody sets, and that goes on while the machine is suspended."""
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-
-
 class _Clock:
     """The store's own clock: the wall clock's steps do not reach it while a writer lives.
 
@@ -308,21 +303,21 @@ class _Clock:
 
     def __init__(self, state: State):
         self._wall_ns = time.time_ns()
-        self._ticks_ns = self._began_ns = _ticks_ns()
+        self._ticks_ns = self._began_ns = ticks_ns()
         newest = max(state.last_commit_ns, state.session.opened_ns, state.session.closed_ns)
         newest = newest or state.created_ns
         rested_ns = max(0, self._wall_ns - newest) if newest >= _NO_CLOCK_BEFORE_NS else 0
         self._base_ns = (state.clock_ns or newest) + rested_ns
 
     def now_ns(self) -> int:
-        return self._base_ns + _ticks_ns() - self._began_ns
+        return self._base_ns + ticks_ns() - self._began_ns
 
     def stepped(self, limit_s: float) -> Gap | None:
         """The wall clock's step since the last call, where it is beyond the limit."""
-        wall_ns, ticks_ns = time.time_ns(), _ticks_ns()
-        expected_ns = self._wall_ns + ticks_ns - self._ticks_ns
+        wall_ns, now_ns = time.time_ns(), ticks_ns()
+        expected_ns = self._wall_ns + now_ns - self._ticks_ns
         step_s = (wall_ns - expected_ns) / 1e9
-        self._wall_ns, self._ticks_ns = wall_ns, ticks_ns
+        self._wall_ns, self._ticks_ns = wall_ns, now_ns
         if abs(step_s) <= limit_s:
             return None
         kind = "clock_ahead" if step_s > 0 else "clock_back"

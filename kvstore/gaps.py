@@ -101,18 +101,24 @@ def _told_together(old: Gap, new: Gap) -> Gap:
 
 
 class Watch:
-    """Sees a stream's times in the order of their arrival; tells of silence and clock steps."""
+    """Sees a stream's times in the order of their arrival; tells of silence and clock steps.
 
-    def __init__(self, stream: str, dtype: np.dtype[Any]):
+    last: the greatest time of earlier sessions, as a plain number, or None; what came last and
+    when is not known of them, so that they show silence only. now_s: as for ``see``.
+    """
+
+    def __init__(self, stream: str, dtype: np.dtype[Any], last: Any = None, now_s: float = 0.0):
         self._stream = stream
         self._dtype = dtype
         self._second = ticks_per_second(dtype)
-        self._last: Any = None  # the latest time seen, as a plain number
-        self._seen_s = 0.0
+        plain = np.dtype(np.int64) if dtype.kind == "M" else dtype
+        self._last: Any = None if last is None else np.array([last], plain)  # the latest seen
+        self._is_resumed = last is not None
+        self._seen_s = now_s
         self._is_told = False  # that silence has lasted too long by now
 
     def see(self, times: Array, now_s: float, settings: Settings) -> Iterator[Gap]:
-        """Gaps that these times show. now_s: of a clock that never steps.
+        """Gaps that these times show. now_s: of a clock that nobody sets.
 
         times: of the stream's time dtype, as they arrived.
         """
@@ -124,6 +130,8 @@ class Watch:
         plain = times.view(np.int64) if times.dtype.kind == "M" else times
         before = plain[:1] if self._last is None else self._last
         elapsed_s = now_s - self._seen_s if self._last is not None else 0.0
+        if self._is_resumed:
+            before, elapsed_s, self._is_resumed = np.minimum(before, plain[:1]), np.inf, False
         self._last, self._seen_s, self._is_told = plain[-1:].copy(), now_s, False
         # Ends of the int64 range lie further apart than an int64 says.
         steps = np.diff(plain.astype(np.float64), prepend=before.astype(np.float64)) / self._second
@@ -155,7 +163,8 @@ class Watch:
 
     def _told(self, kind: str, ends: Array, step_s: float, waited_s: float) -> Gap:
         first, last = sorted(self._ns(end) for end in ends)
-        detail = f"times {step_s:+.3f} s apart arrived {waited_s:.3f} s apart"
+        arrived = "in two sessions" if waited_s == np.inf else f"{waited_s:.3f} s apart"
+        detail = f"times {step_s:+.3f} s apart arrived {arrived}"
         return Gap(kind, first, last, self._stream, detail=detail)
 
     def _rest(self, kind: str, ends: Array, places: list[int]) -> Gap:

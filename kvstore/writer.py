@@ -10,7 +10,6 @@ until a retry succeeds.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -22,7 +21,7 @@ from kvstore.commit import Committer
 from kvstore.errors import SchemaError, StoreClosed, StoreError
 from kvstore.gaps import Gap, Watch
 from kvstore.gather import SMALL_BYTES, STAGED_BYTES_MAX, Staging, cut, size_of
-from kvstore.layout import Layout, WriterLock
+from kvstore.layout import Layout, WriterLock, ticks_ns
 from kvstore.schema import Array, BatchLike, Field, Schema, check_name
 from kvstore.segment import EncodedBatch, StreamInfo
 from kvstore.settings import Settings
@@ -37,12 +36,15 @@ _FLUSH_INTERVAL_S_MAX: Final = 86400.0
 
 
 class StreamWriter:
-    """One stream's side of the writer: its definition and the rows that wait."""
+    """One stream's side of the writer: its definition and the rows that wait.
 
-    def __init__(self, info: StreamInfo):
+    last: the greatest time that it has stored.
+    """
+
+    def __init__(self, info: StreamInfo, last: Any = None):
         self.info = info
         self.staging = Staging(info.schema)
-        self.watch = Watch(info.name, info.schema.time_dtype)
+        self.watch = Watch(info.name, info.schema.time_dtype, last, _now_s())
 
 
 class Writer:
@@ -81,8 +83,11 @@ class Writer:
         except BaseException:
             self._lock.release()
             raise
-        streams = self._committer.state.streams
-        self._streams = {name: StreamWriter(info) for name, info in streams.items()}
+        state = self._committer.state
+        self._streams = {
+            name: StreamWriter(info, state.stream_totals(info.stream_id).last)
+            for name, info in state.streams.items()
+        }
         self._pool = ThreadPoolExecutor(ENCODERS, "kvstore-encode")
         if settings is not None:
             try:
@@ -277,14 +282,14 @@ class Writer:
     def _look_at(self, stream: StreamWriter, times: Array) -> None:
         """Record what the times, as they arrived, say of gaps; the committer's lock is held."""
         settings = self._committer.state.settings
-        for gap in stream.watch.see(times, time.monotonic(), settings):
+        for gap in stream.watch.see(times, _now_s(), settings):
             self._committer.put(Queued(change=gap))
 
     def _note_silence(self) -> None:
         """Record silences that last too long by now; the committer's lock is held."""
         for stream in self._streams.values():
             settings = self._committer.state.settings
-            if gap := stream.watch.overdue(time.monotonic(), settings):
+            if gap := stream.watch.overdue(_now_s(), settings):
                 self._committer.put(Queued(change=gap))
 
     def note(self, gap: Gap) -> None:
@@ -326,6 +331,10 @@ class Writer:
         made: Future[list[codec.Block]] = Future()
         made.set_result(_blocks(columns, fields, copy=copy))
         return made
+
+
+def _now_s() -> float:
+    return ticks_ns() / 1e9
 
 
 def _blocks(columns: list[Array], fields: Sequence[Field], *, copy: bool) -> list[codec.Block]:

@@ -184,6 +184,33 @@ def test_a_silence_shows_while_it_lasts(path):
         ]
 
 
+@pytest.mark.parametrize("dtype", ["f8", "M8[us]", "i8"])
+def test_a_silence_between_two_sessions_shows_and_no_clock_step(path, dtype):
+    def put(*seconds):
+        times = np.array(seconds) * (1.0 if dtype == "f8" else 10**9 if dtype == "i8" else 10**6)
+        times = times.astype("f8" if dtype == "f8" else "i8").view(dtype)
+        with kvstore.open(path, "w", settings=Settings(gap_after_s=600)) as store:
+            store.stream("s").append({"time": times, "v": np.zeros(len(times))})
+
+    put(1000, 9000)  # the later one stray
+    put(1001, 1002)  # what came last is not known: no step back
+    with kvstore.open(path) as store:
+        assert [gap.kind for gap in store.gaps()] == ["silence"]
+    put(20_000)
+    with kvstore.open(path) as store:
+        silences = [(gap.start_ns // S, gap.stop_ns // S) for gap in store.gaps()]
+        assert silences == [(1000, 9000), (9000, 20_000)]
+        assert "in two sessions" in store.gaps()[1].detail
+
+
+def test_without_a_limit_for_silence_a_new_session_has_no_gap(path):
+    for second in (0, 100_000, 50_000):
+        with kvstore.open(path, "w") as store:
+            store.stream("s").append({"time": float(second), "v": 1})
+            store.flush()
+            assert store.gaps() == ()
+
+
 def test_late_rows_do_not_flood_the_gaps(path):
     rng = np.random.default_rng(1)
     with kvstore.open(path, "w") as store:
