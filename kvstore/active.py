@@ -155,6 +155,12 @@ class Active:
         with suppress(StoreError, OSError):
             self.drop(retention.aged(self.state, self._clock.now_ns()))
 
+    def keep_limits(self) -> None:
+        """The same for all limits, before there are rows to make room for."""
+        self.keep_in_order()
+        with suppress(StoreError, OSError):
+            self.drop(retention.plan(self.state, self._sizes(0)).drop)
+
     def _roll_if_full(self) -> None:
         """Now rather than in the next commit, which tries again where this fails."""
         with suppress(StoreError, OSError):

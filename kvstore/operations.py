@@ -54,6 +54,7 @@ def set_(active: Active, **changes: Any) -> dict[str, Any]:
     settings = active.state.settings._replace(**changes).checked()
     if settings != active.state.settings:
         active.change(settings)
+        active.keep_limits()
     return settings._asdict()
 
 

@@ -108,6 +108,23 @@ def test_limits_stay_with_the_store(path):
         assert store.settings == wanted._replace(max_age_s=None)
 
 
+def test_a_lower_limit_holds_at_once(path):
+    """Also where nobody writes, and though all rows are in the active segment."""
+    with kvstore.open(path, "w") as store:
+        put(store, range(40))
+    kvstore.configure(path, max_bytes=3 * MIB)
+    assert used(path) <= 3 * MIB
+    with kvstore.open(path, "w", **TINY) as store:
+        put(store, range(40, 60))
+        kept = numbers_in(store)
+    kvstore.configure(path, max_bytes=2 * MIB)
+    assert used(path) <= 2 * MIB
+    with kvstore.open(path) as reader:
+        found = numbers_in(reader)
+    assert 10 < len(found) < len(kept)
+    assert found[-1] == 59
+
+
 def test_a_full_store_that_is_to_stop_stops_and_goes_on_with_room(path):
     options = Settings(max_bytes=3 * MIB, when_full="stop")
     with kvstore.open(path, "w", settings=options) as store:
