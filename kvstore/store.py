@@ -26,7 +26,7 @@ from kvstore.errors import (
     StoreError,
     StreamNotFound,
 )
-from kvstore.export.conversions import Conversions
+from kvstore.export.exchange import Exchange
 from kvstore.follow import POLL_S, Follower, From, OnGap, Source
 from kvstore.layout import Layout
 from kvstore.reading import Inclusive, Scan
@@ -295,7 +295,7 @@ class Store:
             )
 
 
-class Stream(Conversions):
+class Stream(Exchange):
     """One stream of an open store; get one from ``store.stream(name)`` or ``store[name]``."""
 
     def __init__(self, store: Store, name: str, time: str):

@@ -10,12 +10,12 @@ from kvstore.errors import KvstoreError
 
 @contextmanager
 def needed_for(what: str) -> Iterator[None]:
-    """Around the import of a module that owns a library of the export extra."""
+    """Around the import of a module that owns a library of the extras export and torch."""
     try:
         yield
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
-        install = "torch" if library == "torch" else "'kvstore[export]'"
+        extra = "torch" if library == "torch" else "export"
         raise KvstoreError(
-            f"{what} needs {library}, which is not installed: pip install {install}"
+            f"{what} needs {library}, which is not installed: pip install 'kvstore[{extra}]'"
         ) from error
