@@ -214,7 +214,7 @@ def test_a_dataset_pickles(path):
         ("arrow", "pyarrow", r"'kvstore\[export\]'"),
         ("pandas", "pandas", r"'kvstore\[export\]'"),
         ("xarray", "xarray", r"'kvstore\[export\]'"),
-        ("torch", "torch", "torch"),
+        ("torch", "torch", r"'kvstore\[torch\]'"),
     ],
 )
 def test_a_missing_library_is_named(path, monkeypatch, module, library, install):

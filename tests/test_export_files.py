@@ -361,13 +361,6 @@ def test_a_kill_leaves_the_file_as_it_was(tmp_path, suffix):
     )
 
 
-def test_an_existing_zarr_is_refused(tmp_path):
-    pytest.importorskip("zarr")
-    (tmp_path / "out.zarr").mkdir()
-    with pytest.raises(KvstoreError, match="remove it, or name another"):
-        write_file([], [Field("x", "f8")], tmp_path / "out.zarr")
-
-
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(KvstoreError, match="No such file or directory"):
         write_file([], [Field("x", "f8")], tmp_path / "no" / "out.csv")
@@ -430,6 +423,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["parquet", "arrow", "h5", "zarr", "npz"])
 def test_memory_does_not_grow_with_the_range(tmp_path, suffix):
     """Three times the rows, 84 MB and 252 MB, take the same memory, give or take 40 MB."""

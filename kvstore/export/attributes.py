@@ -56,16 +56,16 @@ def plain_values(field: Field, array: Array, target: str) -> Array:
 
 def _check_text(field: Field, text: str | None, target: str) -> None:
     if text is None:
-        problem = "None"
+        problem, instead = "None", "parquet or jsonl"
     elif target == "HDF5" and "\0" in text:
-        problem = "text with a NUL"
+        problem, instead = "text with a NUL", "parquet or jsonl"
     elif _is_utf8(text):
         return
     else:
-        problem = "text with a lone surrogate"
+        problem, instead = "text with a lone surrogate, which is no UTF-8", "jsonl"
     raise SchemaError(
-        f"field {field.name!r} holds {problem}, which {target} cannot; leave the field out "
-        "(--fields) or use jsonl"
+        f"field {field.name!r} holds {problem}: {target} cannot; leave the field out (--fields) or "
+        f"use {instead}"
     )
 
 

@@ -22,10 +22,16 @@ def write(batches: Iterable[Batch], fields: Sequence[Field], file: BinaryIO) -> 
     for batch in batches:
         columns = [_plain(batch[name]) for name in names]
         for values in zip(*columns, strict=True):
-            line = json.dumps(dict(zip(names, values, strict=True)), ensure_ascii=False)
-            file.write(line.encode("utf-8", "surrogatepass") + b"\n")
+            file.write(_line(dict(zip(names, values, strict=True))))
         rows += len(columns[0])
     return rows
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate, which JSON knows as \udc00 only
+        return json.dumps(row).encode() + b"\n"
 
 
 def _plain(array: Array) -> list[Any]:
