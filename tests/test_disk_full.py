@@ -254,3 +254,58 @@ def test_reading_works_on_a_full_disk(volume, path):
         assert rows_elsewhere(path) == 1000
         with kvstore.open(path) as store:
             check_rows(store, 1000)
+
+
+EXPORT = """
+    import sys, kvstore
+    with kvstore.open(sys.argv[1]) as store:
+        try:
+            store["s"].export(sys.argv[2], fields=["noise"])
+        except kvstore.KvstoreError as error:
+            print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("suffix", "library"),
+    [("npz", "numpy"), ("npy", "numpy"), ("csv", "numpy"), ("jsonl", "numpy"),
+     ("parquet", "pyarrow"), ("arrow", "pyarrow"), ("h5", "h5py"), ("zarr", "zarr")],
+)  # fmt: skip
+def test_an_export_that_fills_the_disk_leaves_what_was_there(
+    volume, path, tmp_path, suffix, library
+):
+    pytest.importorskip(library)
+    with kvstore.open(tmp_path / "from.kv", "w") as store:
+        store.stream("s").append(batch(0, 30_000))
+    path.mkdir()
+    out = path / f"out.{suffix}"
+    if suffix == "zarr":
+        out.mkdir()
+        (out / "zarr.json").write_text("{}")
+    else:
+        out.write_text("before")
+    with ballast(volume, leaving=400_000):
+        free = free_bytes(volume)
+        said = run(EXPORT, tmp_path / "from.kv", out)
+        assert "No space left on device" in said
+        assert "nothing there was changed" in said
+        assert os.listdir(path) == [out.name]
+        assert free_bytes(volume) == free
+    assert (out / "zarr.json" if suffix == "zarr" else out).read_text() in ("{}", "before")
+
+
+def test_an_import_that_fills_the_disk_keeps_what_was_committed(volume, path, tmp_path):
+    np.savez(tmp_path / "in.npz", **batch(0, 60_000))
+    code = """
+        import sys, kvstore
+        try:
+            with kvstore.open(sys.argv[1], "w", flush_interval_s=0.01) as store:
+                store.stream("s", time="time").import_file(sys.argv[2])
+        except kvstore.DiskFull:
+            print("full")
+    """
+    with ballast(volume, leaving=1_000_000):
+        assert run(code, path, tmp_path / "in.npz") == "full\n"
+    with kvstore.open(path) as store:
+        check_rows(store, len(store["s"]) if "s" in store else 0)
+    check_store(path)

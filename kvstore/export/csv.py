@@ -96,13 +96,20 @@ def _text(lines: Iterable[list[Any]], quoting: Literal[0, 2]) -> bytes:
 
 def _values(array: Array) -> list[list[Any]]:
     """The values of each row, as Python objects that csv prints exactly."""
-    flat = array.reshape(len(array), math.prod(array.shape[1:]))
-    if flat.dtype.kind in "mM":
-        flat = flat.astype(str)
-    elif flat.dtype.kind == "f" and flat.dtype.itemsize < 8:  # noqa: PLR2004
-        flat = flat.astype(str).astype(float)  # by its own digits: 0.1, not 0.10000000149011612
+    flat = printed(array.reshape(len(array), math.prod(array.shape[1:])))
     rows: list[list[Any]] = flat.tolist()
     return rows
+
+
+def printed(array: Array) -> Array:
+    """Values as text has them: times as numpy prints them, short floats by their own digits."""
+    if array.dtype.kind in "mM":  # not astype(str): it cuts off what is longer than usual
+        texts = np.empty(array.shape, object)
+        texts.flat = list(map(str, array.flat))
+        return texts
+    if array.dtype.kind == "f" and array.dtype.itemsize < 8:  # noqa: PLR2004
+        return array.astype(str).astype(float)  # 0.1, not 0.10000000149011612
+    return array
 
 
 # ---- in ----

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from kvstore.export.csv import printed
 from kvstore.schema import Array, Batch, Field
 
 
@@ -37,12 +38,11 @@ def _line(row: dict[str, Any]) -> bytes:
 def _plain(array: Array) -> list[Any]:
     kind = array.dtype.kind
     if kind in "mM":
-        return _null(array.astype(str), np.isnat(array))
+        return _null(printed(array), np.isnat(array))
     if kind == "c":
         return _plain(np.stack([array.real, array.imag], axis=-1))
     if kind == "f":
-        plain = array.astype(str).astype(float) if array.dtype.itemsize < 8 else array  # noqa: PLR2004
-        return _null(plain, ~np.isfinite(array))
+        return _null(printed(array), ~np.isfinite(array))
     return list(array.tolist())
 
 
