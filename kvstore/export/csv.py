@@ -22,6 +22,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
@@ -265,7 +266,10 @@ def _batches(
 
 def _column(lines: Lines, places: Sequence[int], field: Field, path: Path) -> Array:
     """A field's values, from its columns in these places."""
-    texts = [line[place] for line in lines for place in places]
+    if len(places) == 1:
+        texts = list(map(itemgetter(*places), lines))
+    else:
+        texts = list(chain.from_iterable(map(itemgetter(*places), lines))) if places else []
     if field.np_dtype.kind in "fc" and "" in texts:
         texts = [text or "nan" for text in texts]
     values = np.empty(len(texts), field.np_dtype)
