@@ -10,6 +10,7 @@ with kvstore.open("run.kv") as store:
 
 from kvstore.backup import BackupReport, backup
 from kvstore.check import Damage
+from kvstore.control import configure, drop, pin, unpin
 from kvstore.errors import (
     CursorError,
     DamageError,
@@ -28,11 +29,14 @@ from kvstore.errors import (
     TimeError,
 )
 from kvstore.follow import Cursor, CursorFile, Followed
+from kvstore.gaps import Gap
 from kvstore.libc import keep_freed_memory
 from kvstore.recover import RecoverReport, recover
 from kvstore.schema import Field, Schema
-from kvstore.store import Store, StoreInfo, Stream, StreamStats
+from kvstore.settings import Pin, Settings
+from kvstore.store import Store, StoreInfo, StreamStats
 from kvstore.store import open_store as open  # noqa: A004  # as in gzip.open: read kvstore.open
+from kvstore.stream import Stream
 from kvstore.verify import VerifyReport, verify
 
 __all__ = [
@@ -45,13 +49,16 @@ __all__ = [
     "DiskFull",
     "Field",
     "Followed",
+    "Gap",
     "GapError",
     "KvstoreError",
     "NoFillError",
     "PacketError",
+    "Pin",
     "RecoverReport",
     "Schema",
     "SchemaError",
+    "Settings",
     "Store",
     "StoreClosed",
     "StoreError",
@@ -65,8 +72,12 @@ __all__ = [
     "TimeError",
     "VerifyReport",
     "backup",
+    "configure",
+    "drop",
     "keep_freed_memory",
     "open",
+    "pin",
     "recover",
+    "unpin",
     "verify",
 ]

@@ -29,6 +29,7 @@ from kvstore.cli.query import Reading, check_range, row_progress, start_of_last,
 from kvstore.cli.terminal import LOSS, progress_bar, quiet_if_closed, say
 from kvstore.export.files import FORMATS, LOADABLE, check_format, write_file
 from kvstore.ingest import PARTICLES
+from kvstore.stream import Stream
 from kvstore.timestamps import Unit
 
 _FORMATS: Final = "Its end says the format: .npz .npy .csv .jsonl .parquet .arrow .h5 .zarr"
@@ -132,7 +133,7 @@ def _check_suffix(path: Path, known: Sequence[str]) -> None:
         raise typer.BadParameter(f"{path}: in which format? Name it .{', .'.join(known)}")
 
 
-def _import_file(target: stores.Stream, file: Path, unit: Unit | None) -> int:
+def _import_file(target: Stream, file: Path, unit: Unit | None) -> int:
     part = 0.0
     before = len(target)
 

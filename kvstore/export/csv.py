@@ -106,7 +106,7 @@ def printed(array: Array) -> Array:
     """Values as text has them: times as numpy prints them, short floats by their own digits."""
     if array.dtype.kind in "mM":  # not astype(str): it cuts off what is longer than usual
         texts = np.empty(array.shape, object)
-        texts.flat = list(map(str, array.flat))
+        texts.reshape(-1)[:] = list(map(str, array.flat))
         return texts
     if array.dtype.kind == "f" and array.dtype.itemsize < 8:  # noqa: PLR2004
         return array.astype(str).astype(float)  # 0.1, not 0.10000000149011612

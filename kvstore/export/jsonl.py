@@ -22,8 +22,9 @@ def write(batches: Iterable[Batch], fields: Sequence[Field], file: BinaryIO) -> 
     rows = 0
     for batch in batches:
         columns = [_plain(batch[name]) for name in names]
-        for values in zip(*columns, strict=True):
-            file.write(_line(dict(zip(names, values, strict=True))))
+        file.writelines(
+            _line(dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)
+        )
         rows += len(columns[0])
     return rows
 
