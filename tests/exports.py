@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 import kvstore
 from kvstore.schema import Field, Schema
@@ -84,3 +85,8 @@ def assert_same_rows(found, expected):
     assert list(found) == list(expected)
     for name, column in expected.items():
         assert same(found[name], column), name
+
+
+def need_torch():
+    """No part of what CI installs: 754 MB, of the CPU's build."""
+    return pytest.importorskip("torch", reason="torch is an extra of its own: 'kvstore[torch]'")
