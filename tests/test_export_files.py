@@ -147,6 +147,13 @@ def test_each_chunk_is_about_a_megabyte_and_written_once(tmp_path, suffix, monke
     assert [count for name, _, count in written if name == "t"] == [1000]
 
 
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_a_text_chunk_has_few_rows_as_texts_may_be_long(shape):
+    """By the size of its references, a chunk of 10 KB texts took more than a gigabyte."""
+    values = np.prod(shape, dtype=int)
+    assert chunks.chunk_rows(Field("note", "text", shape), 2) * values == 4096
+
+
 # ---- Arrow and Parquet ----
 
 

@@ -262,5 +262,5 @@ def named(path: Path) -> Iterator[None]:
     """Name the file in what pyarrow says of it."""
     try:
         yield
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:  # of what it finds broken it says both
         raise KvstoreError(f"{path} cannot be read as {path.suffix}: {error}") from error

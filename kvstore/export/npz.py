@@ -148,6 +148,10 @@ def load(path: Path, progress: Progress) -> Loaded:
             for name, member in _members(archive).items()
         }
         comment = archive.comment
+        if damaged := archive.testzip():  # else wrong rows would be stored until a sum shows it
+            raise KvstoreError(
+                f"{path}: {damaged} fails its checksum; take another copy of the file"
+            )
     _check_lengths(path, headers)
     known = described(comment if comment.startswith(_OURS) else None)
     fields = tuple(_field(name, header, known.fields.get(name)) for name, header in headers.items())

@@ -1,8 +1,8 @@
 """Rows as Parquet, and back: the types of arrow_types.py, compressed with zstd, in row groups.
 
 Row groups end at 32 MB of values or a million rows, whichever comes first, so that readers can
-skip by time without holding much. Parquet has no timestamps in seconds: they become
-milliseconds, and an import makes seconds of them again.
+skip by time without holding much; each page has a checksum, which an import verifies. Parquet
+has no timestamps in seconds: they become milliseconds, and an import makes seconds of them again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def write(batches: Iterable[Batch], fields: Sequence[Field], path: Path, *, time
     schema = schema_of(fields, time)
     texts = [field.name for field in fields if field.is_text]
     rows = 0
-    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=texts) as writer:
+    with pq.ParquetWriter(
+        path, schema, compression="zstd", use_dictionary=texts, write_page_checksum=True
+    ) as writer:
         for batch in grouped(batches):
             part = record_batch(batch, fields, schema)
             _write_group(writer, pa.Table.from_batches([part], schema))
@@ -51,7 +53,7 @@ def load(path: Path, progress: Progress) -> Loaded:
 
 def _batches(path: Path, fields: Sequence[Field], progress: Progress) -> Iterator[Batch]:
     rows = 0
-    with named(path), pq.ParquetFile(path) as file:
+    with named(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
         for part in file.iter_batches(batch_rows(fields)):
             yield batch_of(part, fields)
             rows += part.num_rows
