@@ -180,6 +180,12 @@ def test_batches_of_so_many_rows(path):
     assert len(ids(half_open)) == stream.count(100.0, 900.0, inclusive="left")
 
 
+def test_batches_of_no_rows_are_refused(path):
+    need_torch()
+    with pytest.raises(SchemaError, match="batch_rows=0: use 1 or more"):
+        stream_of(path).to_torch(batch_rows=0)
+
+
 def test_an_epoch_leaves_out_what_a_writer_adds_at_the_end(path):
     need_torch()
     dataset = many(path).to_torch(fields=["x"])

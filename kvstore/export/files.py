@@ -40,8 +40,8 @@ def write_file(
     """
     write = _writer(path)
     names = [field.name for field in fields]
-    if len(set(names)) != len(names):
-        raise SchemaError(f"a field is named twice: {', '.join(names)}; name each once")
+    if not names or len(set(names)) != len(names):
+        raise SchemaError(f"fields to export: {', '.join(names) or 'none'}; name each once")
     with replacing(path, marker="zarr.json" if path.suffix == ".zarr" else "") as fresh:
         return write(batches, fields, fresh, time)
 

@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from kvstore.errors import SchemaError
 from kvstore.export.chunks import of_rows
 from kvstore.reading import Inclusive, Scan
 from kvstore.schema import Array, Batch
@@ -49,6 +50,8 @@ class Rows(IterableDataset):  # type: ignore[misc]  # torch is Any to mypy, inst
         batch_rows: int | None,
         on_damage: OnDamage | None,
     ):
+        if batch_rows is not None and batch_rows < 1:
+            raise SchemaError(f"batch_rows={batch_rows}: use 1 or more, or None for stored batches")
         self._store = pickle.dumps(store)  # its path
         self._name = name
         self._fields = None if fields is None else list(fields)
