@@ -87,6 +87,15 @@ def assert_same_rows(found, expected):
         assert same(found[name], column), name
 
 
+LIBRARY = {"parquet": "pyarrow", "arrow": "pyarrow", "h5": "h5py", "zarr": "zarr"}
+
+
+def need(suffix):
+    """Skip where the library of a format is missing; CI installs them all."""
+    if suffix in LIBRARY:
+        pytest.importorskip(LIBRARY[suffix])
+
+
 def need_torch():
     """No part of what CI installs: 754 MB, of the CPU's build."""
     return pytest.importorskip("torch", reason="torch is an extra of its own: 'kvstore[torch]'")

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
+from exports import LIBRARY
 from stores import check_store, run
 
 import kvstore
@@ -269,11 +270,10 @@ EXPORTS = """
                 print(error)
 """
 PLAIN = ("npz", "npy", "csv", "jsonl")
-LIBRARIES = {"parquet": "pyarrow", "arrow": "pyarrow", "h5": "h5py", "zarr": "zarr"}
 
 
 def test_an_export_that_fills_the_disk_leaves_what_was_there(volume, path, tmp_path):
-    suffixes = [*PLAIN, *(s for s, name in LIBRARIES.items() if importlib.util.find_spec(name))]
+    suffixes = [*PLAIN, *(s for s, name in LIBRARY.items() if importlib.util.find_spec(name))]
     with kvstore.open(tmp_path / "from.kv", "w") as store:
         store.stream("s").append(batch(0, 30_000))
     files = {suffix: path / f"out.{suffix}" for suffix in suffixes}

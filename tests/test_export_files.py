@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from exports import ROWS, TIMES, same, small_store, timed_rows
+from exports import LIBRARY, ROWS, TIMES, need, same, small_store, timed_rows
 from typer.testing import CliRunner
 
 import kvstore
@@ -21,7 +21,6 @@ from kvstore.export import chunks
 from kvstore.export.files import FORMATS, write_file
 from kvstore.schema import Field
 
-LIBRARY = {"parquet": "pyarrow", "arrow": "pyarrow", "h5": "h5py", "zarr": "zarr"}
 ARROW = ["parquet", "arrow"]
 
 
@@ -38,11 +37,6 @@ def export(source, target, *options):
     done = run("export", source, "-o", target, *options)
     assert done.exit_code == 0, done.output + str(done.exception)
     return target
-
-
-def need(suffix):
-    if suffix in LIBRARY:
-        pytest.importorskip(LIBRARY[suffix])
 
 
 def plain(array):

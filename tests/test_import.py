@@ -14,6 +14,7 @@ from exports import (
     TIMES,
     assert_same_rows,
     everything,
+    need,
     same,
     small_store,
     timed_rows,
@@ -47,11 +48,6 @@ def imported(path, *files, options=()):
     assert done.exit_code == 0, done.output + repr(done.exception)
     with kvstore.open(path) as store:
         return store["all"].schema, everything(store["all"])
-
-
-def need(suffix):
-    if suffix in ("parquet", "arrow"):
-        pytest.importorskip("pyarrow")
 
 
 # ---- round trips ----

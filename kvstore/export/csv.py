@@ -105,12 +105,25 @@ def _values(array: Array) -> list[list[Any]]:
 def printed(array: Array) -> Array:
     """Values as text has them: times as numpy prints them, short floats by their own digits."""
     if array.dtype.kind in "mM":  # not astype(str): it cuts off what is longer than usual
+        _check_printable(array)
         texts = np.empty(array.shape, object)
         texts.reshape(-1)[:] = list(map(str, array.flat))
         return texts
     if array.dtype.kind == "f" and array.dtype.itemsize < 8:  # noqa: PLR2004
         return array.astype(str).astype(float)  # 0.1, not 0.10000000149011612
     return array
+
+
+def _check_printable(array: Array) -> None:
+    """Counts of a unit such as 10 ms: numpy prints what overflows as ms as another time."""
+    unit, multiple = np.datetime_data(array.dtype)
+    if multiple > 1:
+        plain = array.astype(f"{array.dtype.kind}8[{unit}]")
+        if not np.array_equal(plain.astype(array.dtype), array, equal_nan=True):
+            raise SchemaError(
+                f"{array.dtype} holds times that {unit} cannot count, and so cannot be printed: "
+                "leave the field out (--fields) or use parquet"
+            )
 
 
 # ---- in ----
