@@ -37,9 +37,9 @@ def arrays(dtype, shape):
         texts = st.lists(TEXT, min_size=count, max_size=count)
         return texts.map(lambda found: np.array([*found, None], object)[:-1].reshape(shape))
     whole = np.dtype(dtype)
-    if dtype == "M8[s]":  # Parquet holds them as milliseconds
+    if whole == np.dtype("M8[s]"):  # Parquet holds them as milliseconds
         numbers = hnp.arrays("<i8", shape, elements=st.integers(-(2**53), 2**53))
-    elif dtype == "M8[10ms]":  # beyond that numpy cannot print them
+    elif whole == np.dtype("M8[10ms]"):  # beyond that numpy cannot print them
         numbers = hnp.arrays("<i8", shape, elements=st.integers(-(2**59), 2**59))
     elif whole.kind in "mM":
         numbers = hnp.arrays("<i8", shape)
