@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From low to high; a package counts as one part. "__init__" is kvstore/__init__.py: nothing
 # below the command line imports the public names, everything goes to the module that owns them.
 FLOORS = (
-    ("errors", "timestamps"),
+    ("errors", "timestamps", "events", "every", "stats"),
     ("schema", "settings", "lossless", "codec", "libc"),
     ("gaps",),
     ("environment",),
@@ -36,7 +36,9 @@ FLOORS = (
     ("writer", "follow", "replay", "export"),
     ("stream",),
     ("store",),
-    ("control", "check", "verify", "salvage", "recover", "backup", "ingest", "plots"),
+    ("control", "check", "verify", "salvage", "recover", "backup", "ingest", "survey"),
+    ("plots",),
+    ("sockets", "notify", "serve", "metrics"),
     ("telemetry", "dayfiles"),
     ("__init__",),
     ("cli",),
@@ -49,6 +51,7 @@ THIRD_PARTY = {
     "environment": {"lmdb"},
     "codec": {"numcodecs", "lz4", "xxhash", "msgpack"},
     "cli": {"typer", "rich"},
+    "plots": {"matplotlib"},
     "export": {"pyarrow", "pandas", "h5py", "zarr", "xarray", "torch"},
 }
 

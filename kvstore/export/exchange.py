@@ -227,7 +227,7 @@ class Exchange:
         Rows later than the last one there was at this call are left out. With on_damage, which
         must pickle where workers are spawned, damaged batches are left out.
         """
-        with needed_for("to_torch()"):
+        with needed_for("to_torch()", extra="torch"):
             from kvstore.export.torch import Rows  # noqa: PLC0415  # loads torch
         for name in fields or ():
             self.schema.number(name)

@@ -9,13 +9,12 @@ from kvstore.errors import KvstoreError
 
 
 @contextmanager
-def needed_for(what: str) -> Iterator[None]:
-    """Around the import of a module that owns a library of the extras export and torch."""
+def needed_for(what: str, *, extra: str = "export") -> Iterator[None]:
+    """Around the import of a module that owns a library of that extra."""
     try:
         yield
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
-        extra = "torch" if library == "torch" else "export"
         raise KvstoreError(
             f"{what} needs {library}, which is not installed: pip install 'kvstore[{extra}]'"
         ) from error
