@@ -9,7 +9,6 @@ with kvstore.open("run.kv") as store:
 """
 
 from kvstore.backup import BackupReport, backup
-from kvstore.check import Damage
 from kvstore.errors import (
     CursorError,
     DamageError,
@@ -33,6 +32,7 @@ from kvstore.recover import RecoverReport, recover
 from kvstore.schema import Field, Schema
 from kvstore.store import Store, StoreInfo, Stream, StreamStats
 from kvstore.store import open_store as open  # noqa: A004  # as in gzip.open: read kvstore.open
+from kvstore.untrusted import Damage
 from kvstore.verify import VerifyReport, verify
 
 __all__ = [

@@ -27,6 +27,7 @@ from kvstore import (
     StoreFormatError,
     StoreLocked,
     backup,
+    copies,
     verify,
 )
 
@@ -165,7 +166,7 @@ def test_a_backup_that_was_written_to_is_left_alone(path, dest):
 
 
 def test_one_at_a_time(path, dest):
-    with backups._locked_folder(dest), pytest.raises(StoreLocked):
+    with copies.locked_folder(dest), pytest.raises(StoreLocked):
         backup(path, dest)
 
 
@@ -178,7 +179,7 @@ def test_a_damaged_source_does_not_replace_a_good_backup(path, dest):
             report = backup(path, dest)
             assert "that one is kept" in report.damages[0].what
         else:
-            with pytest.raises(StoreFormatError, match="truncated"):
+            with pytest.raises(DamageError, match="truncated"):
                 backup(path, dest)
         assert numbers(dest) == list(range(BATCHES))
         file.write_bytes(data)
@@ -190,18 +191,35 @@ def test_a_damaged_source_does_not_replace_a_good_backup(path, dest):
     assert numbers(dest) == list(range(BATCHES))
 
 
-def test_a_segment_damaged_since_it_was_active_does_not_replace_its_copy(path, dest):
+def test_of_a_segment_damaged_since_it_was_active_the_earlier_copy_is_kept(path, dest):
+    """One flipped bit must neither cost a sound copy nor end all backing up."""
     backup(path, dest)
     file = segments(path)[-1]
+    sound = (dest / "segments" / file.name).read_bytes()
     grow(path, BATCHES, 2 * BATCHES)
     _, block = block_of(file, "large")
     flip_value(file, block)
-    with pytest.raises(DamageError, match="checksum"):
-        backup(path, dest)
-    assert numbers(dest) == list(range(BATCHES))
-    fresh = dest.with_name("fresh.kv")
-    (damage,) = backup(path, fresh).damages  # better than no backup at all
+    damage, kept = backup(path, dest).damages
     assert (damage.stream, damage.field, damage.rows) == ("s", "noise", ROWS)
+    assert kept.what == f"its earlier copy is kept as {file.name}.kept"
+    assert (dest / "segments" / f"{file.name}.kept").read_bytes() == sound
+    grow(path, 2 * BATCHES, 3 * BATCHES)
+    assert backup(path, dest).damages == ()  # it is there, as good as it gets
+    (found,) = verify(dest).damages
+    assert (found.segment, found.field) == (int(file.stem), "noise")
+    assert (dest / "segments" / f"{file.name}.kept").read_bytes() == sound
+
+
+def test_a_damaged_block_in_the_active_segment_does_not_end_backing_up(path, dest):
+    backup(path, dest)
+    grow(path, BATCHES, BATCHES + 1)
+    file = segments(path)[-1]
+    _, block = block_of(file, "large")
+    flip_value(file, block)
+    for copy in (dest, dest.with_name("fresh.kv")):
+        report = backup(path, copy)
+        assert report.damages[0].field == "noise"
+        assert [each.segment for each in verify(copy).damages] == [int(file.stem)]
 
 
 def test_a_damaged_manifest_is_named(path, dest):
@@ -212,8 +230,8 @@ def test_a_damaged_manifest_is_named(path, dest):
 
 
 def test_a_disk_that_does_not_keep_what_it_is_given_is_found(path, dest, monkeypatch):
-    checksum = backups._checksum
-    monkeypatch.setattr(backups, "_checksum", lambda file: checksum(file) ^ 1)
+    checksum = backups.checksum_of
+    monkeypatch.setattr(backups, "checksum_of", lambda file: checksum(file) ^ 1)
     with pytest.raises(StoreError, match="read back"):
         backup(path, dest)
     with pytest.raises(kvstore.StoreNotFound):

@@ -242,16 +242,6 @@ def test_many_flips_anywhere_are_found_or_harmless(path):
     flips(path, 5000)
 
 
-def test_a_child_killed_by_a_damaged_page_is_damage_of_that_segment(path, monkeypatch):
-    monkeypatch.setattr(
-        sys.modules["kvstore.verify"], "_CHILD", "import os; os.kill(os.getpid(), 11)"
-    )
-    with kvstore.open(path, "w"):
-        (found,) = damages(path)
-    assert found.segment == len(segments(path))
-    assert "SIGSEGV" in found.what
-
-
 def test_damage_in_a_segment_that_is_being_written_is_found(path):
     with kvstore.open(path, "w", segment_bytes=1 << 30) as store:
         store.stream("s").append(content(BATCHES))

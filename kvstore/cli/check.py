@@ -11,10 +11,10 @@ import typer
 
 from kvstore import libc
 from kvstore.backup import backup as back_up
-from kvstore.check import Damage
 from kvstore.cli.options import size_bytes
 from kvstore.cli.terminal import LOSS, complain, progress_bar, quiet_if_closed, say, size_text
 from kvstore.recover import recover as recover_store
+from kvstore.untrusted import Damage
 from kvstore.verify import verify as verify_store
 
 _Store = Annotated[Path, typer.Argument(metavar="PATH", help="The store.")]
