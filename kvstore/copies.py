@@ -54,9 +54,10 @@ def copy_file(path: Path, to: Path, on_progress: Callable[[int], None] = _nowher
 
 
 def sync_file(copy: Path) -> None:
+    """Make a file's bytes durable, and the next read come from the disk."""
     with copy.open("rb") as file:
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # it is read from the disk
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _read(fd: int, place: int) -> bytes:
@@ -82,7 +83,8 @@ def _page(fd: int, place: int, size: int) -> bytes:
 
 
 def checksum_of(file: Path) -> int:
-    checksum: Any = codec.runningchecksum_of()
+    """xxh3-64 of a file."""
+    checksum: Any = codec.running_checksum()
     with file.open("rb") as opened:
         while chunk := opened.read(_CHUNK_BYTES):
             checksum.update(chunk)
