@@ -9,6 +9,8 @@ with kvstore.open("run.kv") as store:
 """
 
 from kvstore.backup import BackupReport, backup
+from kvstore.control import configure, drop, pin, unpin
+from kvstore.damaged import record_damages
 from kvstore.errors import (
     CursorError,
     DamageError,
@@ -27,11 +29,14 @@ from kvstore.errors import (
     TimeError,
 )
 from kvstore.follow import Cursor, CursorFile, Followed
+from kvstore.gaps import Gap
 from kvstore.libc import keep_freed_memory
 from kvstore.recover import RecoverReport, recover
 from kvstore.schema import Field, Schema
-from kvstore.store import Store, StoreInfo, Stream, StreamStats
+from kvstore.settings import Pin, Settings
+from kvstore.store import Store, StoreInfo, StreamStats
 from kvstore.store import open_store as open  # noqa: A004  # as in gzip.open: read kvstore.open
+from kvstore.stream import Stream
 from kvstore.untrusted import Damage
 from kvstore.verify import VerifyReport, verify
 
@@ -45,13 +50,16 @@ __all__ = [
     "DiskFull",
     "Field",
     "Followed",
+    "Gap",
     "GapError",
     "KvstoreError",
     "NoFillError",
     "PacketError",
+    "Pin",
     "RecoverReport",
     "Schema",
     "SchemaError",
+    "Settings",
     "Store",
     "StoreClosed",
     "StoreError",
@@ -65,8 +73,13 @@ __all__ = [
     "TimeError",
     "VerifyReport",
     "backup",
+    "configure",
+    "drop",
     "keep_freed_memory",
     "open",
+    "pin",
+    "record_damages",
     "recover",
+    "unpin",
     "verify",
 ]

@@ -15,15 +15,19 @@ import os
 import shutil
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from kvstore import retention
 from kvstore.copies import locked_folder
+from kvstore.damaged import damage_gaps, note
 from kvstore.environment import translated
 from kvstore.errors import KvstoreError, StoreError, StoreFormatError, StoreLocked, StoreNotFound
 from kvstore.layout import Layout, sync_folder
 from kvstore.salvage import Lost, Salvaged, SegmentFile
 from kvstore.segment import Entry, Sealed, State, StreamInfo, Totals
+from kvstore.settings import Settings
 from kvstore.store import Store, open_store
 from kvstore.untrusted import Damage, ranges_text, span_texts
 
@@ -127,12 +131,16 @@ class _Recovery:
         seen_writer = self._layout.writer()
         self._survey()
         self._define()
-        with open_store(fresh, "w") as store:
+        limits = self._newest.settings if self._newest else Settings()
+        size = retention.segment_bytes(limits, None)
+        # Without limits until all is there; and as it arrives now, time steps anywhere.
+        unlimited = Settings(clock_step_s=None)
+        with open_store(fresh, "w", segment_bytes=size, settings=unlimited) as store:
             for info in sorted(self._infos.values()):
                 for count in info.versions:
                     store.stream(info.name, info.schema.first(count))
             self._bring_all(store)
-            store.flush(marks=self._newest.marks if self._newest else {})
+            self._carry_over(store)
         if self._layout.writer() != seen_writer:
             self._losses.append(Damage(0, "a process began to write to the store meanwhile"))
         return RecoverReport(
@@ -152,6 +160,17 @@ class _Recovery:
         for stream_id, info in infos:
             if names.setdefault(info.name, stream_id) == stream_id:
                 self._infos.setdefault(stream_id, info)
+
+    def _carry_over(self, store: Store) -> None:
+        """Marks, pins, gaps and settings; what was lost becomes gaps, too."""
+        state = self._newest or State(b"", 0, 0)
+        store.flush(marks=state.marks)
+        for _, pin in sorted(state.pins.items()):
+            store.pin(pin.start_ns, pin.stop_ns, pin.label, unit="ns")
+        state = replace(state, streams={info.name: info for info in self._infos.values()})
+        gaps = [*retention.dropped_gaps(state), *state.gaps.values()]
+        note(store, [*gaps, *damage_gaps(state, self._losses)])
+        store.set(**state.settings._asdict())
 
     def _bring_all(self, store: Store) -> None:
         sizes = {number: file.stat().st_size for number, file in self._files.items()}

@@ -16,6 +16,7 @@ import numpy as np
 
 from kvstore import codec
 from kvstore.errors import DamageError, KvstoreError
+from kvstore.gaps import Gap
 from kvstore.schema import FIELDS_MAX, ROW_BYTES_MAX, Array, Field
 from kvstore.segment import FORMAT, Entry, State, StreamInfo, Totals, read_entry, read_meta_record
 from kvstore.timestamps import format_time, typed_time
@@ -29,7 +30,10 @@ _TEXT_RATIO_MAX: Final = 256  # LZ4 cannot do better: what says so would only fi
 _STORE_ID_BYTES: Final = 16
 _COUNT_MAX: Final = 2**63 - 1
 PLACED: Final = 4  # values that describe a block which stands in the table of blocks
-_KINDS: Final = (b"identity", b"commit", b"stream", b"total", b"mark", b"sealed")
+_META_KINDS: Final = frozenset(
+    (b"identity", b"commit", b"clock", b"session", b"settings", b"stream", b"total", b"mark",
+     b"sealed", b"dropped", b"pin", b"gap")
+)  # fmt: skip
 _NONSENSE: Final = (
     AttributeError,
     LookupError,
@@ -128,7 +132,7 @@ def read_state(
 def take_meta(state: State, key: bytes, value: bytes) -> None:
     """Put one record of the meta table into the state, if it is one."""
     what = f"meta record {key!r}"
-    if key.partition(b":")[0] not in _KINDS:
+    if key.partition(b":")[0] not in _META_KINDS:
         raise DamageError(f"{what}: of no kind that this kvstore knows: its key is damaged, or new")
     if len(value) > META_BYTES_MAX:
         raise DamageError(f"{what}: {len(value)} bytes, at most {META_BYTES_MAX}")
@@ -160,14 +164,32 @@ def _take_identity(state: State, version: Any, store_id: Any, number: Any, creat
 
 
 def _is_state(state: State) -> bool:
-    sealed = state.sealed.values()
+    totals = [*state.totals.items(), *((key, each.totals) for key, each in state.dropped.items())]
+    for sealed in state.sealed.values():
+        totals += sealed.totals.items()
+    counts = [state.last_commit_ns, state.clock_ns, *state.session[:2]]
+    counts += [n for each in state.sealed.values() for n in (*each[:3], each.clock_ns)]
+    counts += [n for each in state.dropped.values() for n in each[1:]]
+    state.settings.checked()
     return (
-        _is_count(state.last_commit_ns)
+        all(_is_count(each) for each in counts)
         and all(_is_stream(info) for info in state.streams.values())
-        and all(_is_totals(totals) for totals in state.totals.values())
-        and all(_is_count(n) for each in sealed for n in each[:3])
-        and all(_is_count(n) and _is_totals(t) for each in sealed for n, t in each.totals.items())
+        and all(_is_count(stream_id) and _is_totals(each) for stream_id, each in totals)
+        and all(_is_span(*pin[1:3]) and isinstance(pin.label, str) for pin in state.pins.values())
+        and all(_is_gap(gap) for gap in state.gaps.values())
     )
+
+
+def _is_span(start_ns: Any, stop_ns: Any) -> bool:
+    return (
+        type(start_ns) is int and type(stop_ns) is int and _is_time(start_ns) and _is_time(stop_ns)
+    )
+
+
+def _is_gap(gap: Gap) -> bool:
+    has_texts = all(isinstance(each, str) for each in (gap.kind, gap.stream, gap.detail))
+    has_counts = all(_is_count(each) for each in (gap.rows, gap.occurrences, gap.recorded_ns))
+    return has_texts and has_counts and _is_span(*gap[1:3]) and gap.kind in KINDS
 
 
 def _is_stream(info: StreamInfo) -> bool:

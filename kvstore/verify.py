@@ -28,7 +28,7 @@ from kvstore.environment import open_environment, translated
 from kvstore.errors import KvstoreError, StoreError, StoreFormatError
 from kvstore.layout import Layout, sync_folder
 from kvstore.pages import PageFile, Report
-from kvstore.segment import Sealed, State, Totals
+from kvstore.segment import Dropped, Sealed, State, Totals
 from kvstore.untrusted import Damage, read_state
 
 _PAUSE_S_MIN: Final = 0.01  # shorter ones are saved up: sleeping is not that exact
@@ -333,6 +333,13 @@ class _Verify:
                     what = f"begins with batch {begins}, expected {following[stream_id]}"
                     self._damages.append(Damage(number, what, f"number {stream_id}"))
                 following[stream_id] = totals.next_sequence
+        for name, info in state.streams.items():
+            gone = state.dropped.get(info.stream_id, Dropped()).totals.batches
+            batches = state.stream_totals(info.stream_id).batches + gone
+            expected = state.stream_totals(info.stream_id).next_sequence
+            if batches != expected:
+                what = f"its meta table knows {batches} batches, expected {expected}"
+                self._damages.append(Damage(state.number, what, name))
 
     def _still_missing(self) -> list[Damage]:
         """Of the segments that were not there, those that were not dropped meanwhile.
