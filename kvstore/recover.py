@@ -245,7 +245,9 @@ class _Recovery:
             self._lose_all(number, totals, "the segment is missing")
             return
         if summary is None and self._newest is not None and number < self._newest.number:
-            return  # dropped, but for the unlink
+            what = "left out: the newest segment says that it was dropped, only its file is left"
+            self._notes.append(f"segment {number}: {what}")
+            return
         with SegmentFile(self._files[number], number) as file:
             expected = summary.totals if summary else file.state.totals
             file.load(expected, is_exact=summary is not None or file.is_stated)

@@ -16,7 +16,7 @@ import numpy as np
 
 from kvstore import codec
 from kvstore.errors import DamageError, KvstoreError
-from kvstore.gaps import Gap
+from kvstore.gaps import KINDS, Gap
 from kvstore.schema import FIELDS_MAX, ROW_BYTES_MAX, Array, Field
 from kvstore.segment import FORMAT, Entry, State, StreamInfo, Totals, read_entry, read_meta_record
 from kvstore.timestamps import format_time, typed_time
