@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from stores import ROOT, run, start
 from test_damage import BATCHES, ROWS, block_of, content, first_batch, flip, flip_value, segments
+from test_disk_full import ballast, mounted
 
 import kvstore
 from kvstore import codec, verify
@@ -261,6 +262,96 @@ def test_no_store_and_a_newer_one_are_errors(path, tmp_path):
         verify(path)
 
 
+def test_a_damaged_key_of_a_meta_record_is_found(path):
+    """Keys carry no checksum of their own."""
+
+    def rename(txn):
+        txn.put(b"cnmmit", txn.pop(b"commit"))
+
+    edited(segments(path)[-1], b"meta", rename)
+    whats = [each.what for each in damages(path)]
+    assert any("cnmmit" in what for what in whats)
+    assert any("no time of a last commit" in what for what in whats)
+
+
+def test_definitions_that_contradict_each_other_are_found(path):
+    def rename(txn):
+        key = b"stream:\0\0\0\1"
+        name, *rest = codec.unpacked(txn.get(key), "")
+        rest[-1][1][3] = "kelvin"
+        txn.put(key, codec.packed([name, *rest]))
+
+    edited(segments(path)[1], b"meta", rename)
+    (found,) = [each for each in damages(path) if "bytes, expected" not in each.what]
+    assert (found.segment, found.stream) == (2, "s")
+    assert "its definition of the stream" in found.what
+
+
+def test_segments_that_retention_drops_meanwhile_are_not_missed(path):
+    with kvstore.open(path, "w", segment_bytes=64 << 10) as store:
+        dropped = []
+
+        def drop(done, total):
+            if not dropped:
+                dropped.append(store.drop(6, unit="s")["segments"])
+
+        assert damages(path, on_progress=drop) == ()
+        assert dropped[0] > 1
+        assert damages(path) == ()
+    assert damages(path) == ()
+
+
+def test_what_is_verified_while_writing_ends_with_one_commit(path):
+    """A reader's transaction holds it, however many come meanwhile."""
+    with kvstore.open(path, "w", segment_bytes=1 << 30) as store:
+        count = [BATCHES]
+
+        def write_on(done, total):
+            store.stream("s").append(content(count[0]))
+            store.flush()
+            count[0] += 1
+
+        store.stream("s").append(content(BATCHES))
+        store.flush()
+        report = verify(path, on_progress=write_on)
+        assert report.damages == ()
+        assert count[0] > BATCHES + 10
+        assert report.rows == BATCHES * (ROWS + 1) + ROWS
+        assert damages(path) == ()
+
+
+# ---- recorded ----
+
+
+def test_damages_are_recorded_as_gaps_each_once(path):
+    number, block = block_of(segments(path)[1], "large")
+    flip_value(segments(path)[1], block)
+    lost = segments(path)[2]
+    lost.unlink()
+    found = damages(path)
+    assert kvstore.record_damages(path, found) == 3  # a batch, and of a segment both streams
+    assert kvstore.record_damages(path, found) == 0
+    with kvstore.open(path) as store:
+        gaps = [gap for gap in store.gaps() if gap.kind == "damaged"]
+    assert {gap.stream for gap in gaps} == {"s", "other"}
+    (gap,) = [gap for gap in gaps if "noise" in gap.detail]
+    assert (gap.start_ns, gap.rows) == (number * 10**9, ROWS)
+    assert any("the segment is missing" in gap.detail for gap in gaps)
+
+
+def test_recording_beside_a_writer_is_refused_after_the_report(path):
+    _, block = block_of(segments(path)[1], "large")
+    flip_value(segments(path)[1], block)
+    with kvstore.open(path, "w"):
+        done = command("verify", path, "--record")
+    assert done.returncode == 1
+    assert "field 'noise'" in done.stderr
+    assert "is writing to this store" in done.stderr
+    done = command("verify", path, "--record")
+    assert (done.returncode, "1 new gaps recorded" in done.stderr) == (3, True)
+    assert "damaged" in command("gaps", path).stdout
+
+
 # ---- since the last run, at a rate ----
 
 
@@ -313,6 +404,33 @@ def test_a_killed_run_is_resumed(path):
             child.kill()
         assert damages(path, since_last=True) == ()
         assert files_of(path) == before
+
+
+def test_a_segment_put_back_is_looked_at_again(path):
+    """A copy keeps size and times, and may be damaged all the same."""
+    verify(path, since_last=True)
+    file = segments(path)[1]
+    shutil.copy2(file, file.with_suffix(".copy"))
+    file.with_suffix(".copy").replace(file)
+    assert verify(path, since_last=True).segments == 2
+
+
+def test_a_full_disk_costs_the_memory_of_it_and_not_the_report(path, tmp_path):
+    if os.geteuid() != 0 or mounted("tmpfs", tmp_path):
+        pytest.skip("needs root: mounts a volume")
+    try:
+        _, block = block_of(segments(path)[1], "large")
+        flip_value(segments(path)[1], block)
+        with ballast(tmp_path, leaving=0):
+            done = command("verify", path, "--since-last", "--state", tmp_path / "state")
+            assert done.returncode == 3
+            assert "field 'noise'" in done.stderr
+            assert "cannot be remembered" in done.stderr
+            assert [each.name for each in tmp_path.iterdir()] == ["ballast"]
+        assert verify(path, since_last=True, state_path=tmp_path / "state").notes == ()
+        assert verify(path, since_last=True, state_path=tmp_path / "state").skipped > 1
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_the_rate_is_kept(path):
