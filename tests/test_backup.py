@@ -137,6 +137,59 @@ def test_segments_dropped_meanwhile_are_not_waited_for(path, dest, monkeypatch):
     ]
 
 
+def test_what_the_store_has_dropped_is_dropped_from_its_backup(path, dest):
+    grow(path, BATCHES, 4 * BATCHES)
+    backup(path, dest)
+    with kvstore.open(path, "w", segment_bytes=64 << 10) as store:
+        store.pin(0, 1, "door", unit="s")
+        assert store.drop(2 * BATCHES, unit="s")["segments"] > 2
+    report = backup(path, dest)
+    assert report.damages == ()
+    assert [file.name for file in segments(dest)] == [file.name for file in segments(path)]
+    with kvstore.open(path) as store, kvstore.open(dest) as copy:
+        assert (copy.pins(), copy.gaps()) == (store.pins(), store.gaps())
+        assert copy["s"].count() == store["s"].count()
+    assert verify(dest).damages == ()
+
+
+def test_retention_at_work_meanwhile_disturbs_nothing(path, dest):
+    """Segments go while they are copied; what the backup holds is what one commit knew."""
+    code = """
+        import sys, numpy as np, kvstore
+        limits = kvstore.Settings(max_bytes=4 << 20)
+        with kvstore.open(sys.argv[1], "w", segment_bytes=256 << 10, settings=limits) as store:
+            print("writing", flush=True)
+            k = 0
+            while True:
+                x = np.random.default_rng(k).integers(0, 1 << 60, (50, 99))
+                store.stream("t").append({"time": np.arange(50.0) + k, "x": x})
+                k += 1
+    """
+    seen = set()
+    with start(code, path) as child:
+        child.stdout.readline()
+        for _ in range(6):
+            time.sleep(0.1)
+            report = backup(path, dest)
+            assert report.damages == ()
+            assert verify(dest).damages == ()
+            assert verify(path).damages == ()
+            seen.add(segments(dest)[0].name)
+        child.kill()
+    assert len(seen) > 1, "nothing was dropped meanwhile"
+
+
+def test_a_second_backup_copies_only_what_is_new(path, dest):
+    first = backup(path, dest)
+    assert first.copied_bytes == sum(file.stat().st_size for file in segments(path))
+    known = {file.name for file in segments(path)[:-1]}
+    grow(path, BATCHES, BATCHES + 4)
+    second = backup(path, dest)
+    new = [file for file in segments(path) if file.name not in known]
+    assert second.copied_bytes == sum(file.stat().st_size for file in new)
+    assert second.copied_bytes < first.copied_bytes
+
+
 # ---- what it refuses ----
 
 
