@@ -42,6 +42,7 @@ _IDENTITY: Final = "store.msgpack"
 _SEGMENTS: Final = "segments"
 _WRITER_LOCK: Final = "writer.lock"
 _VERSION: Final = 1
+_PARTS: Final = 3  # a segment is copied, checked, and read back
 _KEPT: Final = ".mdb.kept"
 _TRIES_MAX: Final = 20  # rounds in which retention may drop what is about to be copied
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -124,7 +125,7 @@ def _prepare(target: Layout, store_id: bytes) -> _Manifest:
 def _read_manifest(path: Path) -> _Manifest:
     try:
         version, store_id, complete_ns, sealed = codec.unpacked(path.read_bytes(), _MANIFEST)
-    except (DamageError, ValueError, TypeError) as error:
+    except (DamageError, ValueError, TypeError, AttributeError) as error:
         raise StoreFormatError(
             f"{path}: damaged: {error}; name another folder for a new backup"
         ) from error
@@ -237,7 +238,7 @@ class _Backup:
 
     def _copy(self, number: int) -> tuple[int, int]:
         copying = self._copying_path(number)
-        checksum = copy_file(self._layout.segment_path(number), copying, self._report)
+        checksum = copy_file(self._layout.segment_path(number), copying, self._part(number, 0))
         _, found = self._check(number, copying)
         self._accept(number, found)
         return self._finish(number, checksum)
@@ -266,7 +267,7 @@ class _Backup:
             if self._layout.is_shared(number):
                 self._copy_live(number)
                 break
-            copy_file(self._layout.segment_path(number), copying, self._report)
+            copy_file(self._layout.segment_path(number), copying, self._part(number, 0))
             if self._layout.writer() == seen_writer:
                 break  # else a writer began, which may have written over what was being copied
         state, found = self._check(number, copying)
@@ -292,7 +293,7 @@ class _Backup:
             found.append(Damage(number, what))
 
         with PageFile(file, structure) as pages:
-            check = SegmentCheck(number, pages, found.append, lambda _: None)
+            check = SegmentCheck(number, pages, found.append, _summed(self._part(number, 1)))
             check.run()
         owner = self._manifest.store_id
         if not found and (check.state.number, check.state.store_id) != (number, owner):
@@ -309,7 +310,7 @@ class _Backup:
         """Sync a copy, read it back, and call it copied."""
         copying = self._copying_path(number)
         sync_file(copying)
-        checksum = checksum_of(copying)
+        checksum = checksum_of(copying, self._part(number, 2))
         if expected is not None and checksum != expected:
             raise StoreError(
                 f"{copying}: what was read back is not what was written: is that disk failing? "
@@ -358,7 +359,24 @@ class _Backup:
         self._done_bytes += size
         self._report(0)
 
+    def _part(self, number: int, part: int) -> Callable[[int], None]:
+        """Tells of a segment's copying, 0, checking, 1, or reading back, 2: bytes done of it."""
+        whole = self._size(number)
+        return lambda size: self._report((part * whole + min(size, whole)) // _PARTS)
+
     def _report(self, size: int) -> None:
         if self._on_progress:
             done = min(self._done_bytes + size, self._total_bytes)
             self._on_progress(done, self._total_bytes)
+
+
+def _summed(tell: Callable[[int], None]) -> Callable[[int], None]:
+    """Takes sizes one by one, tells their sum."""
+    total = 0
+
+    def add(size: int) -> None:
+        nonlocal total
+        total += size
+        tell(total)
+
+    return add

@@ -125,7 +125,7 @@ class _Recovery:
         self._sealed: dict[int, Sealed] = {}
         self._files: dict[int, Path] = {}  # by the number that the segment itself says
         self._newest: State | None = None
-        self._rows = self._batches = 0
+        self._rows = self._batches = self._done_bytes = self._total_bytes = 0
 
     def run(self, fresh: Path, target: str) -> RecoverReport:
         seen_writer = self._layout.writer()
@@ -174,12 +174,17 @@ class _Recovery:
 
     def _bring_all(self, store: Store) -> None:
         sizes = {number: file.stat().st_size for number, file in self._files.items()}
-        done, total = 0, max(sum(sizes.values()), 1)
+        self._total_bytes = max(sum(sizes.values()), 1)
+        done_bytes = 0
         for number in sorted({*self._files, *self._sealed}):
             self._segment(store, number)
-            done += sizes.get(number, 0)
-            if self._on_progress:
-                self._on_progress(done, total)
+            done_bytes += sizes.get(number, 0)
+            self._progress(max(done_bytes - self._done_bytes, 0))
+
+    def _progress(self, size: int) -> None:
+        self._done_bytes = min(self._done_bytes + size, self._total_bytes)
+        if self._on_progress:
+            self._on_progress(self._done_bytes, self._total_bytes)
 
     # ---- what there is ----
 
@@ -268,6 +273,7 @@ class _Recovery:
             for result in file.batches(info):
                 tally.add(result.entry)
                 self._append(store, file.number, info, result)
+                self._progress(sum(block[2] for block in result.entry.blocks))
         missing = tally.missing()
         if not tally.rows:
             self._lose_all(file.number, {stream_id: totals}, "nothing of it can be read")

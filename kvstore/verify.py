@@ -7,7 +7,7 @@ beside it.
 
 Segments are read without LMDB, so no damage can harm us. While a writer lives, a transaction
 holds one commit of the active one. That pins the pages which later commits free: its file grows
-by 50 to 100 KB for each commit until it is checked, and is sealed the earlier for it. The other
+by some 30 KB for each commit until it is checked, and is sealed the earlier for it. The other
 ways lost: LMDB itself would have to run in a child process, which a damaged page may kill or
 send in circles; a copy needs room.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import check_store, start
+from stores import ROOT, check_store, start
 from test_damage import BATCHES, ROWS, block_of, content, flip, flip_value, segments
 from test_disk_full import mounted
 from test_verify import command, files_of
@@ -27,6 +28,7 @@ from kvstore import (
     StoreFormatError,
     StoreLocked,
     backup,
+    codec,
     copies,
     verify,
 )
@@ -289,6 +291,32 @@ def test_a_disk_that_does_not_keep_what_it_is_given_is_found(path, dest, monkeyp
         backup(path, dest)
     with pytest.raises(kvstore.StoreNotFound):
         kvstore.open(dest)
+
+
+def documented(name):
+    """The bytes of an example in docs/format.md."""
+    text = (ROOT / "docs/format.md").read_text()
+    (digits,) = re.findall(rf"^{name} record\n((?:[0-9a-f ]+\n)+)", text, re.MULTILINE)
+    return bytes.fromhex(digits)
+
+
+def test_the_documents_records_are_read_as_documented(path, dest, tmp_path):
+    (tmp_path / "backup.msgpack").write_bytes(documented("backup"))
+    manifest = backups._read_manifest(tmp_path / "backup.msgpack")
+    assert manifest.sealed == {1: (73728, 0x1234567890ABCDEF)}
+    assert codec.packed(manifest) == documented("backup")
+    backup(path, dest)
+    made = backups._read_manifest(dest / "backup.msgpack")
+    assert made.sealed[2] == (
+        segments(dest)[1].stat().st_size,
+        copies.checksum_of(segments(dest)[1]),
+    )
+    verify(path, since_last=True)
+    found = segments(path)[0].stat()
+    store_id, sound = codec.unpacked(documented("verified"), "")
+    assert (store_id, sound) == (manifest.store_id, {1: [73728, manifest.complete_ns, 1234567]})
+    note = codec.unpacked(path.with_name("run.kv.verified").read_bytes(), "")
+    assert note[1][1] == [found.st_size, found.st_mtime_ns, found.st_ino]
 
 
 # ---- cut short ----
