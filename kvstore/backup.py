@@ -42,7 +42,7 @@ _IDENTITY: Final = "store.msgpack"
 _SEGMENTS: Final = "segments"
 _WRITER_LOCK: Final = "writer.lock"
 _VERSION: Final = 1
-_PARTS: Final = 3  # a segment is copied, checked, and read back
+_PARTS: Final = 2  # a segment is copied, and checked as it is read back
 _KEPT: Final = ".mdb.kept"
 _TRIES_MAX: Final = 20  # rounds in which retention may drop what is about to be copied
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -177,7 +177,8 @@ class _Backup:
     def _collect(self) -> State:
         """Copy all that one commit of the active segment knows, and that commit."""
         for _ in range(_TRIES_MAX):
-            *sealed, active = self._layout.numbers()
+            active = self._layout.active()
+            sealed = [number for number in self._layout.numbers() if number < active]
             self._total_bytes = sum(self._size(number) for number in (*sealed, active))
             self._done_bytes = 0
             for number in sealed:
@@ -240,8 +241,13 @@ class _Backup:
         copying = self._copying_path(number)
         checksum = copy_file(self._layout.segment_path(number), copying, self._part(number, 0))
         _, found = self._check(number, copying)
+        if found and checksum_of(copying) != checksum:
+            raise StoreError(
+                f"{copying}: what was read back is not what was written: is that disk failing? "
+                "Back up to another"
+            )
         self._accept(number, found)
-        return self._finish(number, checksum)
+        return self._finish(number), checksum
 
     def _accept(self, number: int, found: list[Damage]) -> None:
         """Report damage in what was copied; an earlier, sounder copy of it stays beside it."""
@@ -274,7 +280,7 @@ class _Backup:
         if any(not each.stream for each in found):  # more than batches: nothing can rest on it
             raise self._refusal(found)
         self._accept(number, found)
-        self._finish(number, None)
+        self._finish(number)
         self._advance(self._size(number))
         return state
 
@@ -287,6 +293,8 @@ class _Backup:
             environment.close()
 
     def _check(self, number: int, file: Path) -> tuple[State, list[Damage]]:
+        """Check a copy as it stands on the disk."""
+        sync_file(file)
         found: list[Damage] = []
 
         def structure(what: str) -> None:
@@ -306,22 +314,14 @@ class _Backup:
             "is left as it was: see kvstore verify, and kvstore recover for what can be saved"
         )
 
-    def _finish(self, number: int, expected: int | None) -> tuple[int, int]:
-        """Sync a copy, read it back, and call it copied."""
-        copying = self._copying_path(number)
-        sync_file(copying)
-        checksum = checksum_of(copying, self._part(number, 2))
-        if expected is not None and checksum != expected:
-            raise StoreError(
-                f"{copying}: what was read back is not what was written: is that disk failing? "
-                "Back up to another"
-            )
-        copying.rename(self._copied_path(number))
+    def _finish(self, number: int) -> int:
+        """Call a copy copied; its size."""
+        self._copying_path(number).rename(self._copied_path(number))
         sync_folder(self._target.segments)
         size = self._copied_path(number).stat().st_size
         self._copied += 1
         self._copied_bytes += size
-        return size, checksum
+        return size
 
     def _copying_path(self, number: int) -> Path:
         return self._target.segment_path(number).with_suffix(".mdb.copying")
@@ -360,7 +360,7 @@ class _Backup:
         self._report(0)
 
     def _part(self, number: int, part: int) -> Callable[[int], None]:
-        """Tells of a segment's copying, 0, checking, 1, or reading back, 2: bytes done of it."""
+        """Tells of a segment's copying, 0, or checking, 1: bytes done of it."""
         whole = self._size(number)
         return lambda size: self._report((part * whole + min(size, whole)) // _PARTS)
 

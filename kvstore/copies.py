@@ -82,11 +82,10 @@ def _page(fd: int, place: int, size: int) -> bytes:
         return bytes(size)
 
 
-def checksum_of(file: Path, on_progress: Callable[[int], None] = _nowhere) -> int:
+def checksum_of(file: Path) -> int:
     """xxh3-64 of a file."""
     checksum: Any = codec.running_checksum()
     with file.open("rb") as opened:
         while chunk := opened.read(_CHUNK_BYTES):
             checksum.update(chunk)
-            on_progress(opened.tell())
     return int(checksum.intdigest())

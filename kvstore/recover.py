@@ -199,6 +199,8 @@ class _Recovery:
                     file.state.sealed = {}  # of all segments together they would fill the memory
                     stated |= {file.state.number} if file.is_stated else set()
             except KvstoreError as error:
+                if isinstance(error.__cause__, PermissionError):
+                    raise  # that can be had
                 self._losses.append(Damage(number, str(error)))
         self._store_id = self._find_store_id(list(states.values()))
         for number, state in states.items():

@@ -31,6 +31,7 @@ from kvstore.pages import PageFile, Report
 from kvstore.segment import Dropped, Sealed, State, Totals
 from kvstore.untrusted import Damage, read_state
 
+_TRIES_MAX: Final = 20  # writers that may begin while the active segment is read
 _PAUSE_S_MIN: Final = 0.01  # shorter ones are saved up: sleeping is not that exact
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -275,17 +276,18 @@ class _Verify:
         return checked
 
     def _look(self, number: int, *, is_active: bool) -> tuple[_Checked, list[Damage]]:
-        while True:
+        for _ in range(_TRIES_MAX):
             found: list[Damage] = []
             seen_writer = self._layout.writer()
             with self._opened(number, found, is_active=is_active) as file:
                 check = SegmentCheck(number, file, found.append, self._spend)
                 check.run()
             has_begun = is_active and self._layout.writer() != seen_writer
-            if not (found and has_begun):
-                totals = {key: each for key, each in check.state.totals.items() if each.rows}
-                rows = sum(each.rows for each in check.found.values())
-                return _Checked(check.state, totals, rows), found
+            if not (found and has_begun):  # else what was read may be torn
+                break
+        totals = {key: each for key, each in check.state.totals.items() if each.rows}
+        rows = sum(each.rows for each in check.found.values())
+        return _Checked(check.state, totals, rows), found
 
     @contextmanager
     def _opened(self, number: int, found: list[Damage], *, is_active: bool) -> Iterator[PageFile]:

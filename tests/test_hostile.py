@@ -271,3 +271,6 @@ def test_a_file_that_may_not_be_read_is_no_damage(path, monkeypatch):
     monkeypatch.setattr(os, "open", refused)
     with pytest.raises(kvstore.StoreError, match="Permission denied"):
         verify(path)
+    with pytest.raises(kvstore.StoreError, match="Permission denied"):
+        recover(path, path.with_name("new.kv"))
+    assert not path.with_name("new.kv").exists()
