@@ -89,7 +89,7 @@ class Node(NamedTuple):
 class PageFile:
     """A file of pages, open for reading. Use in a ``with``.
 
-    txn_id: read as of this commit, not the newest; what is written later is left out.
+    txn_id: read as of this commit, not the newest; ``meta`` is None where that came too late.
     """
 
     def __init__(self, path: Path, report: Report, *, txn_id: int | None = None):
@@ -320,15 +320,12 @@ class PageFile:
         return Meta(address, map_bytes, txn_id, last_page, *tables)
 
     def _meta_of(self, txn_id: int) -> Meta | None:
-        """Of a file that is written to; a transaction holds the commit."""
+        """Of a file that is written to; None where two later commits have come already."""
         for _ in range(_TRIES_MAX):
             meta, again = (self._read_meta(txn_id % 2 * self.page_bytes) for _ in range(2))
             if meta is not None and meta == again:  # else read while it was being written
                 break
-        if meta is None or meta.txn_id != txn_id:
-            self._report(f"meta page {txn_id % 2}: not that of commit {txn_id}")
-            return None
-        return meta
+        return meta if meta and meta.txn_id == txn_id else None
 
     def _newest_meta(self) -> Meta | None:
         metas = [self._read_meta(0), self._read_meta(self.page_bytes)]

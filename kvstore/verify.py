@@ -367,10 +367,13 @@ def _pinned(path: Path, report: Report) -> Iterator[PageFile]:
     """The file as of its last commit, whose pages stay as they are meanwhile."""
     environment = open_environment(path, "shared")
     try:
-        with (
-            environment.read() as transaction,
-            PageFile(path, report, txn_id=transaction.id()) as file,
-        ):
-            yield file
+        for remaining in reversed(range(_TRIES_MAX)):
+            with (
+                environment.read() as transaction,
+                PageFile(path, report, txn_id=transaction.id()) as file,
+            ):
+                if file.meta or not remaining:  # else two commits came before it was opened
+                    yield file
+                    return
     finally:
         environment.close()

@@ -270,12 +270,15 @@ def test_a_damaged_block_in_the_active_segment_does_not_end_backing_up(path, des
     backup(path, dest)
     grow(path, BATCHES, BATCHES + 1)
     file = segments(path)[-1]
+    backup(path, dest)
+    sound = (dest / "segments" / file.name).read_bytes()
     _, block = block_of(file, "large")
     flip_value(file, block)
-    for copy in (dest, dest.with_name("fresh.kv")):
+    for copy in (dest, dest, dest.with_name("fresh.kv")):
         report = backup(path, copy)
         assert report.damages[0].field == "noise"
         assert [each.segment for each in verify(copy).damages] == [int(file.stem)]
+    assert (dest / "segments" / f"{file.name}.kept").read_bytes() == sound
 
 
 def test_a_store_without_segments_is_named(path, dest):

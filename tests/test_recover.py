@@ -325,7 +325,7 @@ def test_definitions_of_another_store_do_not_get_in_the_way(path):
     """A store given with like= may call its streams otherwise."""
     other = path.with_name("other.kv")
     with kvstore.open(other, "w") as store:
-        for name in ("other", "s", "third"):
+        for name in ("third", "other", "s"):
             store.stream(name, time="when").append({"when": [1.0], "x": [1]})
             store.flush()
     report = recover(path, path.with_name("new.kv"), like=other)

@@ -21,6 +21,7 @@ from test_disk_full import ballast, mounted
 import kvstore
 from kvstore import codec, verify
 from kvstore.environment import TABLES
+from kvstore.pages import PageFile
 
 
 @pytest.fixture
@@ -296,7 +297,10 @@ def test_segments_that_retention_drops_meanwhile_are_not_missed(path):
 
         def drop(done, total):
             if not dropped:
+                count = len(segments(path))
                 dropped.append(store.drop(6, unit="s")["segments"])
+                while len(segments(path)) > count - dropped[0] + 1:
+                    time.sleep(0.01)  # they are removed in the background
 
         assert damages(path, on_progress=drop) == ()
         assert dropped[0] > 1
@@ -321,6 +325,25 @@ def test_what_is_verified_while_writing_ends_with_one_commit(path):
         assert count[0] > BATCHES + 10
         assert report.rows == BATCHES * (ROWS + 1) + ROWS
         assert damages(path) == ()
+
+
+def test_commits_that_come_before_it_has_looked_are_waited_out(path, monkeypatch):
+    """The third commit after the one that is held writes over its meta page."""
+    opened = PageFile._meta_of
+    late = []
+
+    def meta_of(file, txn_id):
+        if len(late) < 2:
+            late.append(txn_id)
+            for number in range(3):
+                store.stream("s").append(content(number))
+                store.flush()
+        return opened(file, txn_id)
+
+    with kvstore.open(path, "w", segment_bytes=1 << 30) as store:
+        monkeypatch.setattr(PageFile, "_meta_of", meta_of)
+        assert damages(path) == ()
+        assert len(late) == 2
 
 
 # ---- recorded ----
