@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From low to high; a package counts as one part. "__init__" is kvstore/__init__.py: nothing
 # below the command line imports the public names, everything goes to the module that owns them.
 FLOORS = (
-    ("errors", "timestamps"),
+    ("errors", "timestamps", "events", "every", "stats"),
     ("schema", "settings", "lossless", "codec", "libc"),
     ("gaps",),
     ("environment",),
@@ -37,7 +37,9 @@ FLOORS = (
     ("stream",),
     ("store",),
     ("control", "untrusted", "copies"),
-    ("check", "damaged", "verify", "salvage", "recover", "backup", "ingest", "plots"),
+    ("check", "damaged", "verify", "salvage", "recover", "backup", "ingest", "survey"),
+    ("plots",),
+    ("sockets", "notify", "serve", "metrics"),
     ("telemetry", "dayfiles"),
     ("__init__",),
     ("cli",),
@@ -50,6 +52,7 @@ THIRD_PARTY = {
     "environment": {"lmdb"},
     "codec": {"numcodecs", "lz4", "xxhash", "msgpack"},
     "cli": {"typer", "rich"},
+    "plots": {"matplotlib"},
     "export": {"pyarrow", "pandas", "h5py", "zarr", "xarray", "torch"},
 }
 
