@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -204,7 +204,7 @@ class _Recovery:
                 self._losses.append(Damage(number, str(error)))
         self._store_id = self._find_store_id(list(states.values()))
         for number, state in states.items():
-            if self._is_ours(number, state, states.keys()):
+            if self._is_ours(number, states):
                 self._files[state.number] = self._layout.segment_path(number)
                 self._learn(state)
         self._read_newest(max(stated & self._files.keys(), default=0))
@@ -227,10 +227,13 @@ class _Recovery:
         self._notes.append(f"{self._layout.path}: store.msgpack is missing or damaged")
         return next((state.store_id for state in reversed(states) if state.store_id), b"")
 
-    def _is_ours(self, number: int, state: State, others: Collection[int]) -> bool:
+    def _is_ours(self, number: int, states: dict[int, State]) -> bool:
+        """Whether to take a file; renamed ones go by what they say, unless another is it."""
+        state = states[number]
+        same = [each for each, other in states.items() if other.number == state.number]
         if state.store_id and self._store_id and state.store_id != self._store_id:
             what = f"the file is of the store {state.store_id.hex()}: left out"
-        elif state.number != number and state.number in others:
+        elif number != (state.number if state.number in same else same[0]):
             what = f"the file holds segment {state.number}, which is there: left out"
         else:
             return True

@@ -17,7 +17,7 @@ from test_disk_full import mounted
 from test_verify import command, files_of
 
 import kvstore
-from kvstore import DiskFull, StoreError, StoreLocked
+from kvstore import DiskFull, StoreError, StoreLocked, verify
 from kvstore.copies import locked_folder
 from kvstore.environment import TABLES
 from kvstore.recover import recover
@@ -221,6 +221,17 @@ def test_missing_foreign_and_renamed_segments(path):
     (path / "store.msgpack").unlink()
     report, numbers = recovered(path)
     assert numbers == list(range(BATCHES))
+    assert report.losses == ()
+
+
+def test_segments_that_were_swapped_are_told_apart_by_what_they_say(path):
+    first, second = segments(path)[:2]
+    first.rename(path / "aside")
+    second.rename(first)
+    (path / "aside").rename(second)
+    assert {each.segment for each in verify(path).damages} == {1, 2}
+    report, numbers = recovered(path)
+    assert sorted(numbers) == list(range(BATCHES))
     assert report.losses == ()
 
 
