@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Final, Literal, NamedTuple, Self
 
 from kvstore import environment, retention
@@ -230,7 +230,8 @@ class Store:
     def gaps(self) -> tuple[Gap, ...]:
         """What is known to be missing or doubtful, in the order of its start."""
         state = self.state()
-        recorded = self._active.gaps().values()
+        with self._active_segment() as segment:
+            recorded = segment.gaps().values()
         return tuple(sorted([*retention.dropped_gaps(state), *recorded], key=lambda g: g[1:3]))
 
     def note_gap(
@@ -277,12 +278,14 @@ class Store:
         """Streams, rows, bytes and spans; reads one record a segment and stream."""
         state = self.state()
         sizes = [sealed.file_bytes for sealed in state.sealed.values()]
+        with self._active_segment() as segment:
+            active_bytes = segment.environment.used_bytes()
         return StoreInfo(
             self.path,
             state.store_id.hex(),
             tuple(_stats(state, info) for _, info in sorted(state.streams.items())),
             len(sizes) + 1,
-            sum(sizes) + self._active.environment.used_bytes(),
+            sum(sizes) + active_bytes,
             self._created_ns,
             state.last_commit_ns,
             dict(state.marks),
@@ -336,6 +339,16 @@ class Store:
         return Segment.open(
             path, number, mode, self._store_id, writer=self._layout.writer, seen_writer=seen
         )
+
+    @contextmanager
+    def _active_segment(self) -> Iterator[Segment]:
+        """The active segment, which no other thread closes meanwhile."""
+        with self._lock:
+            segment = self._active.shared()
+        try:
+            yield segment
+        finally:
+            segment.close()
 
     def _is_sealed(self, number: int) -> bool:
         """Whether that segment is not the active one any more; it and the next may be gone."""

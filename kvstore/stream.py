@@ -14,7 +14,7 @@ import numpy as np
 
 from kvstore import reading
 from kvstore.errors import DamageError, GapError
-from kvstore.export.conversions import Conversions
+from kvstore.export.exchange import Exchange
 from kvstore.follow import POLL_S, Follower, From, OnGap, Source
 from kvstore.reading import Inclusive, Scan
 from kvstore.replay import Replay
@@ -40,7 +40,7 @@ class Holder(Protocol):
     def writer(self) -> Writer: ...  # noqa: D102
 
 
-class Stream(Conversions):
+class Stream(Exchange):
     """One stream of an open store; get one from ``store.stream(name)`` or ``store[name]``."""
 
     def __init__(self, store: Holder, name: str, time: str):

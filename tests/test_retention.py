@@ -409,6 +409,59 @@ def test_a_closed_store_has_no_such_gap(path):
         assert store.state().session.closed_ns
 
 
+OPERATE = """
+    import sys
+    import numpy as np
+    import kvstore
+    first, settings = int(sys.argv[2]), kvstore.Settings(max_bytes=3 << 20)
+    with kvstore.open(sys.argv[1], "w", settings=settings, segment_bytes=64 << 10) as store:
+        for number in range(first, first + 10_000):
+            noise = np.random.default_rng(number).random((500, 20))
+            rows = np.arange(number * 500, number * 500 + 500)
+            store.stream("s").append({"time": rows / 500, "row": rows, "noise": noise})
+            store.flush(marks={"appended": number + 1})
+            print(number + 1, flush=True)
+            if number % 5 == 0:
+                pin = store.pin(float(number), float(number), "now")
+            elif number % 5 == 3:
+                store.unpin(pin)
+                store.drop(float(number - 20))
+"""
+
+
+def kill_operators(path, kills):
+    """Kill a writer that pins, unpins and drops; what it said to be durable must be there."""
+    rng = np.random.default_rng()
+    durable = 0
+    for _ in range(kills):
+        with start(OPERATE, path, durable) as child:
+            durable = int(child.stdout.readline())
+            time.sleep(rng.random() * 0.3)
+            child.kill()
+            durable = max([durable, *(int(line) for line in child.stdout if line.endswith("\n"))])
+        with kvstore.open(path, "w") as store:
+            assert store.marks["appended"] >= durable
+            durable = store.marks["appended"]
+            found = numbers_in(store)
+            assert found == sorted(found)
+            assert found[-10:] == list(range(durable - len(found[-10:]), durable))
+            assert dropped_rows(store) + len(store["s"]) == durable * ROWS
+            now = store.state()
+            assert set(Layout(path).numbers()) == {*now.sealed, now.number}
+            assert [gap for gap in store.gaps() if gap.kind == "unclean_stop"]
+            for pin in store.pins():
+                store.unpin(pin.pin_id)
+
+
+def test_killed_in_the_middle_of_drops_and_pins(path):
+    kill_operators(path, 4)
+
+
+@pytest.mark.slow
+def test_killed_often_in_the_middle_of_drops_and_pins(path):
+    kill_operators(path, 60)
+
+
 # ---- asked by other processes ----
 
 

@@ -11,15 +11,12 @@ import typer
 
 from kvstore import libc
 from kvstore.backup import backup as back_up
-from kvstore.cli.options import size_bytes
+from kvstore.cli.options import Json, StorePath, size_bytes
 from kvstore.cli.terminal import LOSS, complain, progress_bar, quiet_if_closed, say, size_text
 from kvstore.damaged import record_damages
 from kvstore.recover import recover as recover_store
 from kvstore.untrusted import Damage
 from kvstore.verify import verify as verify_store
-
-_Store = Annotated[Path, typer.Argument(metavar="PATH", help="The store.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 class _Progress:
@@ -47,7 +44,7 @@ def rate(text: str) -> int:
 
 
 def verify(
-    path: _Store,
+    path: StorePath,
     *,
     rate_bytes_s: Annotated[
         int | None,
@@ -79,7 +76,7 @@ def verify(
             "that no other process may be writing to it.",
         ),
     ] = False,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Check every checksum, index entry, total and page of a store.
 
@@ -128,7 +125,7 @@ def recover(
             "used where the damaged store has lost its own.",
         ),
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Bring everything that can be read out of a damaged store into a new one.
 
@@ -149,12 +146,12 @@ def recover(
 
 
 def backup(
-    path: _Store,
+    path: StorePath,
     dest: Annotated[
         Path, typer.Argument(metavar="DEST", help="The backup: a new folder, or an earlier backup.")
     ],
     *,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Copy a store, while it is being written to; again to the same place, only what is new.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +11,7 @@ import typer
 from kvstore import libc
 from kvstore import store as stores
 from kvstore.cli.follow import send_packets, stop_or_closed, stop_signals
-from kvstore.cli.options import time_text
+from kvstore.cli.options import FieldNames, Start, Stop, StorePath, StreamName, field_names
 from kvstore.cli.query import check_range, stream_name
 from kvstore.cli.terminal import LOSS, complain, progress_bar, quiet_if_closed, say
 from kvstore.errors import KvstoreError
@@ -20,7 +19,7 @@ from kvstore.replay import Lateness
 
 
 def replay(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="The store.")],
+    path: StorePath,
     *,
     speed: Annotated[
         float,
@@ -28,24 +27,10 @@ def replay(
             min=0, metavar="X", help="1 is the original pace, 2 twice that, 0 as fast as possible."
         ),
     ] = 1.0,
-    start: Annotated[
-        str | None,
-        typer.Option(metavar="TIME", parser=time_text, help="First time, included."),
-    ] = None,
-    stop: Annotated[
-        str | None,
-        typer.Option(metavar="TIME", parser=time_text, help="Last time, included."),
-    ] = None,
-    stream: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Stream to replay; if not given particles, or the only one."
-        ),
-    ] = None,
-    fields: Annotated[
-        str | None,
-        typer.Option(metavar="NAME,...", help="Fields to send, separated by commas."),
-    ] = None,
+    start: Start = None,
+    stop: Stop = None,
+    stream: StreamName = None,
+    fields: FieldNames = None,
     loop: Annotated[
         bool, typer.Option("--loop", help="Begin anew at the end; the times stay as stored.")
     ] = False,
@@ -74,7 +59,7 @@ def replay(
             stop,
             speed=speed,
             loop=loop,
-            fields=[name.strip() for name in fields.split(",")] if fields else None,
+            fields=field_names(fields),
             on_damage=report,
             stop_when=stop_or_closed(stopped),
         )
