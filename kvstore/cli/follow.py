@@ -7,9 +7,10 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final, Literal
 
@@ -25,18 +26,19 @@ from kvstore.schema import Batch, Field
 Send = Callable[[Iterator[Batch], list[Field], BinaryIO], object]
 Begin = Literal["start", "end"]
 _STDOUT: Final = 1
+_LOOK_S: Final = 1.0
 
 
 class Following:
     """A stream followed to stdout; the cursor file runs behind what was handed over.
 
-    stream_name: of the stream to follow, in the store as it is then.
+    stream_name: of the stream to follow, in the store as it is then; a cursor knows its own.
     """
 
     def __init__(
         self,
         path: Path,
-        stream_name: Callable[[stores.Store], str],
+        stream_name: Callable[[stores.Store, str | None], str],
         fields: list[str] | None,
         cursor_file: Path | None,
         begin: Begin,
@@ -50,13 +52,15 @@ class Following:
 
     def send(self, send: Send) -> None:
         """Hand over batch after batch with ``send`` until a signal comes or the reader goes."""
-        with stores.open_store(self._path) as store, stop_signals() as stopped:
+        with stores.open_store(self._path) as store, stop_signals() as stopped, letting_go(store):
             stop = stop_or_closed(stopped)
             stream = self._awaited(store, stop)
             if stream is None:
                 return
             schema = stream.schema
             selected = [schema.fields[schema.number(n)] for n in self._fields or schema.names]
+            if send is not send_packets:  # columns stay what they are when a field is added
+                self._fields = [field.name for field in selected]
             try:
                 send(self._batches(stream, stop), selected, sys.stdout.buffer)
             finally:
@@ -65,13 +69,15 @@ class Following:
     def _awaited(self, store: stores.Store, stop: Callable[[], bool]) -> stores.Stream | None:
         """The stream, once it is there: a follower may be started before the first writer."""
         told = False
+        cursor = self._kept.cursor if self._kept else None
         while not stop():
-            name = self._stream_name(store)
-            if name in store:
+            name = self._stream_name(store, cursor and cursor.stream)
+            if name in store or cursor:  # a cursor's stream was there: else it is another store
                 return store[name]
             if not told:
                 say(f"Waiting for stream {name!r}.")
             told = True
+            self._begin = "start"  # all that comes now came after we began
             time.sleep(POLL_S)
         return None
 
@@ -117,6 +123,28 @@ def send_packets(batches: Iterator[Batch], _: list[Field], file: BinaryIO) -> No
         except PacketError as error:  # its packet number and offset are those of an input
             raise KvstoreError(error.reason) from error
         write_parts(fd, parts)
+
+
+@contextmanager
+def letting_go(store: stores.Store) -> Iterator[None]:
+    """Close dropped segments within a second, however long the reader of stdout keeps us.
+
+    Their space is free only once nobody has them open.
+    """
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(_LOOK_S):
+            with suppress(KvstoreError):  # the main thread meets it, too
+                store.state()
+
+    thread = threading.Thread(target=look, name="kvstore-let-go", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextmanager

@@ -155,7 +155,11 @@ def read(
     if follow:
         _check_follow(start, stop, last, limit, count, ordered, output)
         following = Following(
-            path, lambda store: stream_name(store, stream), _names(fields), cursor_file, from_
+            path,
+            lambda store, known: stream_name(store, stream or known),
+            _names(fields),
+            cursor_file,
+            from_,
         )
         _follow(following, format_ or "packets")
         return
