@@ -28,11 +28,14 @@ from kvstore.errors import (
     TimeError,
 )
 from kvstore.follow import Cursor, CursorFile, Followed
+from kvstore.gaps import Gap
 from kvstore.libc import keep_freed_memory
 from kvstore.recover import RecoverReport, recover
 from kvstore.schema import Field, Schema
-from kvstore.store import Store, StoreInfo, Stream, StreamStats
+from kvstore.settings import Pin, Settings
+from kvstore.store import Store, StoreInfo, StreamStats
 from kvstore.store import open_store as open  # noqa: A004  # as in gzip.open: read kvstore.open
+from kvstore.stream import Stream
 from kvstore.verify import VerifyReport, verify
 
 __all__ = [
@@ -45,13 +48,16 @@ __all__ = [
     "DiskFull",
     "Field",
     "Followed",
+    "Gap",
     "GapError",
     "KvstoreError",
     "NoFillError",
     "PacketError",
+    "Pin",
     "RecoverReport",
     "Schema",
     "SchemaError",
+    "Settings",
     "Store",
     "StoreClosed",
     "StoreError",

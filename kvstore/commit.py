@@ -1,9 +1,9 @@
-"""The group committer: a queue of encoded batches -> transactions -> segments that roll.
+"""The group committer: a queue of encoded batches -> transactions of the active segment.
 
-One thread takes whatever is queued, puts it into one LMDB transaction with the totals and
-marks that belong to it, and commits: after ``interval_s``, at GROUP_BYTES, or when flush
-asks. It owns the active segment and the store's state as last committed. A failed commit
-puts its group back at the head of the queue, in order; nothing is lost or overtaken.
+One thread takes whatever is queued and has it committed in one transaction with the marks that
+belong to it: after ``interval_s``, at GROUP_BYTES, or when flush asks. A failed commit puts its
+group back at the head of the queue, in order; nothing is lost or overtaken. Between commits the
+thread serves calls and requests, and keeps the store within its limits.
 
 It never encodes and never looks at rows.
 """
@@ -13,51 +13,33 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from kvstore import codec, libc
-from kvstore.errors import KvstoreError, StoreError
+from kvstore import operations
+from kvstore.active import Active
+from kvstore.changes import Queued
+from kvstore.errors import KvstoreError, StoreClosed, StoreError
 from kvstore.layout import Layout
-from kvstore.segment import (
-    MAP_SPARE_BYTES,
-    EncodedBatch,
-    Sealed,
-    Segment,
-    State,
-    StreamInfo,
-    Totals,
-    mark_key,
-    stream_record,
-    total_key,
-)
+from kvstore.segment import State
 
 GROUP_BYTES: Final = 32 << 20  # a commit of this size comes close to bare writes
 QUEUE_BYTES_MAX: Final = 64 << 20  # beside the group being committed: 0.2 s of 300 MB/s
 COMMIT_BYTES_MAX: Final = 1 << 30  # where rows and marks must be one transaction
 RETRY_S: Final = 1.0  # after a failed commit, unless flush asks earlier
-
-
-@dataclass(slots=True)
-class Queued:
-    """One thing to commit: a batch, a stream's definition, or marks."""
-
-    size: int = 0
-    batch: EncodedBatch | None = None  # without its sequence and blocks, which come last
-    blocks: Future[list[codec.Block]] | Sequence[codec.Block] = ()
-    define: StreamInfo | None = None
-    marks: Mapping[str, Any] | None = None
-    joined: bool = False  # in one transaction with what is queued next
+TICK_S: Final = 0.25  # between looks at requests, ages and silences
+_GROUPS_OF_MAX_BYTES: Final = 16
+T = TypeVar("T")
 
 
 class Committer:
-    """Owns the queue, the commit thread, the active segment and the committed state.
+    """Owns the queue and the commit thread; the active segment is used by nobody else.
 
     seal: called with ``lock`` held before a group is taken, to queue what is still staged.
-    staged_bytes: how much that would be.
+    staged_bytes: how much that would be. tick: called with ``lock`` held every now and then.
+    let_go: see Active.
     """
 
     def __init__(
@@ -65,15 +47,17 @@ class Committer:
         layout: Layout,
         *,
         interval_s: float | None,
-        segment_bytes: int,
+        segment_bytes: int | None,
         seal: Callable[[], None],
+        tick: Callable[[], None],
+        let_go: Callable[[], object],
     ):
         self.lock = threading.Lock()
         self.staged_bytes = 0
         self._layout = layout
         self._interval_s = interval_s
-        self._segment_bytes = segment_bytes
         self._seal = seal
+        self._tick = tick
         self._work = threading.Condition(self.lock)
         self._progress = threading.Condition(self.lock)
         self._queue: deque[Queued] = deque()
@@ -82,24 +66,24 @@ class Committer:
         self.oldest_s: float | None = None  # since when something waits for its commit
         self._asked = self._answered = 0
         self._failed_s = 0.0
+        self._tick_s = time.monotonic() + TICK_S
         self.error: BaseException | None = None
         self._closing = False
-        number, store_id = layout.active(), layout.store_id()
-        self._segment = Segment.open(layout.segment_path(number), number, "write", store_id)
-        try:
-            # A commit that a kill cut short may show and yet not be durable: a roll would
-            # build on it.
-            self._segment.environment.sync()
-            self.state: State = self._segment.state()
-        except BaseException:
-            self._segment.close()
-            raise
+        self._calls: list[tuple[Future[Any], Callable[[Active], Any]]] = []
+        self._active = Active(
+            layout, segment_bytes=segment_bytes, interval_s=interval_s, let_go=let_go
+        )
         self._sequences = {
             info.stream_id: self.state.stream_totals(info.stream_id).next_sequence
             for info in self.state.streams.values()
         }
         self._thread = threading.Thread(target=self._run, name="kvstore-commit", daemon=True)
         self._thread.start()
+
+    @property
+    def state(self) -> State:
+        """The store as last committed."""
+        return self._active.state
 
     # ---- called by the writer, with the lock held ----
 
@@ -161,38 +145,75 @@ class Committer:
 
     # ---- without the lock ----
 
+    def call(self, act: Callable[[Active], T]) -> T:
+        """Have the commit thread do something between two commits; its result or error."""
+        done: Future[T] = Future()
+        with self.lock:
+            if self._closing:
+                raise StoreClosed(f"{self._layout.path}: being closed; open the store again")
+            self._calls.append((done, act))
+            self._work.notify()
+        return done.result()
+
     def close(self) -> None:
         """Stop the thread and close the segment; what is still queued is given up."""
         with self.lock:
             self._closing = True
             self._work.notify()
         self._thread.join()
-        self._segment.close()
+        self._active.close()
 
     # ---- the commit thread ----
 
     def _run(self) -> None:
         while True:
             with self.lock:
-                while not self._is_due():
-                    self._work.wait(self._patience_s())
+                self._wait()
+                calls, self._calls = self._calls, []
                 if self._closing and self._gave_up():
-                    return
+                    break
+                is_due = self._is_due()
                 try:
-                    self._seal()
+                    if is_due:
+                        self._seal()
                 except BaseException as error:  # noqa: BLE001  # out of memory
                     self._failed([], error)
                     continue
-                group, ticket = self._take()
+                group, ticket = self._take() if is_due else ([], self._answered)
                 self._progress.notify_all()  # there is room
             try:
-                self._commit(group)
+                self._active.commit(group)
             except BaseException as error:  # noqa: BLE001  # handed to the next append or flush
                 with self.lock:
                     self._failed(group, error)
             else:
-                self._succeeded(ticket)
+                self._succeeded(ticket) if is_due else None
             del group  # its memory, before the next wait
+            self._serve(calls)
+        self._serve(calls)
+        if not (self._queue or self.staged_bytes):
+            self._active.end_session()
+
+    def _wait(self) -> None:
+        """Until there is something to do, at the latest until it is time to look around."""
+        while not (self._is_due() or self._calls) and time.monotonic() < self._tick_s:
+            self._work.wait(min(self._patience_s(), max(self._tick_s - time.monotonic(), 0)))
+
+    def _serve(self, calls: Sequence[tuple[Future[Any], Callable[[Active], Any]]]) -> None:
+        """Between commits: what was called for, what others ask for, what the limits demand."""
+        for done, act in calls:
+            try:
+                done.set_result(act(self._active))
+            except BaseException as error:  # noqa: BLE001  # the caller's
+                done.set_exception(error)
+        if time.monotonic() < self._tick_s:
+            return
+        self._tick_s = time.monotonic() + TICK_S
+        with suppress(KvstoreError, OSError):  # tried again at the next tick
+            operations.answer(self._active)
+        self._active.keep_in_order()
+        with self.lock:
+            self._tick()
 
     def _gave_up(self) -> bool:
         return self.error is not None or not (self._queue or self.staged_bytes)
@@ -206,13 +227,18 @@ class Committer:
         size = 0
         while self._queue:
             may_end = not group or not group[-1].joined
-            if size >= GROUP_BYTES and may_end and self._interval_s is not None:
+            if size >= self._group_bytes() and may_end and self._interval_s is not None:
                 return group, self._answered
             group.append(self._queue.popleft())
             size += group[-1].size
             self._queued_bytes -= group[-1].size
         self.oldest_s = None
         return group, self._asked
+
+    def _group_bytes(self) -> int:
+        """What is committed at once; a small part of a store that is limited to little."""
+        limit = self.state.settings.max_bytes
+        return GROUP_BYTES if limit is None else min(GROUP_BYTES, limit // _GROUPS_OF_MAX_BYTES)
 
     def _is_due(self) -> bool:
         if self._closing or (self._asked > self._answered and self.error is None):
@@ -222,12 +248,12 @@ class Committer:
         now = time.monotonic()
         if self.error is not None:
             return now >= self._failed_s + RETRY_S
-        full = self._queued_bytes + self.staged_bytes >= GROUP_BYTES
+        full = self._queued_bytes + self.staged_bytes >= self._group_bytes()
         return full or now >= self.oldest_s + self._interval_s
 
-    def _patience_s(self) -> float | None:
+    def _patience_s(self) -> float:
         if self.oldest_s is None or self._interval_s is None:
-            return None
+            return TICK_S
         due = self._failed_s + RETRY_S if self.error else self.oldest_s + self._interval_s
         return max(0.0, due - time.monotonic())
 
@@ -244,76 +270,3 @@ class Committer:
             self._answered = ticket
             self.error = None
             self._progress.notify_all()
-
-    def _commit(self, group: list[Queued]) -> None:
-        if not group:
-            return
-        if self._is_full():
-            self._roll()  # again: what readers may take for sealed must get no more rows
-        batches = [_finished(item) for item in group if item.batch is not None]
-        state, records = _next_state(self.state, batches, group)
-        size = sum(batch.stored_bytes for batch in batches)
-        with libc.early_writeback(self._segment.environment.path, size):
-            self._segment.commit(batches, records)
-        self.state = state
-        with suppress(StoreError, OSError):  # the rows are safe; tried again before the next
-            if self._is_full():
-                self._roll()
-
-    def _is_full(self) -> bool:
-        if not any(totals.rows for totals in self.state.totals.values()):
-            return False  # however much it carries: a roll would not make it smaller
-        environment = self._segment.environment
-        limit = min(self._segment_bytes, environment.map_bytes() - MAP_SPARE_BYTES)
-        return environment.used_bytes() >= limit
-
-    def _roll(self) -> None:
-        old, path = self.state, self._segment.environment.path
-        sealed = Sealed(
-            old.number,
-            path.stat().st_size,
-            old.last_commit_ns,
-            {key: totals for key, totals in old.totals.items() if totals.rows},
-        )
-        state = replace(
-            old,
-            number=old.number + 1,
-            created_ns=time.time_ns(),
-            totals={key: Totals(next_sequence=t.next_sequence) for key, t in old.totals.items()},
-            sealed={**old.sealed, old.number: sealed},
-        )
-        final = self._layout.roll(state, self._segment_bytes)
-        fresh = Segment.open(final, state.number, "write", state.store_id)
-        self._segment.close()
-        self._segment, self.state = fresh, state
-        path.with_name(path.name + "-lock").unlink(missing_ok=True)
-
-
-def _finished(item: Queued) -> EncodedBatch:
-    assert item.batch is not None
-    blocks = item.blocks.result() if isinstance(item.blocks, Future) else item.blocks
-    return item.batch._replace(blocks=blocks)
-
-
-def _next_state(
-    old: State, batches: Sequence[EncodedBatch], group: Sequence[Queued]
-) -> tuple[State, dict[bytes, Any]]:
-    """The state once the group is committed, and the meta records that say so."""
-    state = replace(
-        old,
-        last_commit_ns=time.time_ns(),
-        streams=dict(old.streams),
-        totals=dict(old.totals),
-        marks=dict(old.marks),
-    )
-    records: dict[bytes, Any] = {b"commit": state.last_commit_ns}
-    for batch in batches:
-        totals = state.totals.get(batch.stream_id, Totals()).plus(batch.totals)
-        state.totals[batch.stream_id] = records[total_key(batch.stream_id)] = totals
-    for item in group:
-        if item.define:
-            state.streams[item.define.name] = item.define
-            records |= stream_record(item.define)
-        for name, value in (item.marks or {}).items():
-            state.marks[name] = records[mark_key(name)] = value
-    return state, records

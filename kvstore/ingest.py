@@ -24,7 +24,8 @@ from kvstore import libc
 from kvstore.errors import PacketError, SchemaError, TimeError
 from kvstore.packets import PARTICLE_FIELDS, PARTICLE_TIME, Packet, PacketDecoder
 from kvstore.schema import Field, Schema
-from kvstore.store import Store, Stream
+from kvstore.store import Store
+from kvstore.stream import Stream
 
 PARTICLES: Final = "particles"
 PARTICLE_SCHEMA: Final = Schema(

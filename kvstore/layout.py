@@ -3,6 +3,8 @@
     run.kv/store.msgpack           format version, store id, creation time; written last
     run.kv/writer.lock             flock held by the writing process; holds its pid and start
     run.kv/segments/00000001.mdb   the segments; the highest number is the active one
+    run.kv/reserve                 room that a full disk still has for closing in order
+    run.kv/requests/               asked of the writing process by others (requests.py)
 
 Every change of a name is followed by an fsync of its folder before anything relies on it.
 Clocks and randomness are taken here, at the edge.
@@ -15,6 +17,7 @@ import os
 import re
 import time
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -27,6 +30,9 @@ from kvstore.segment import FORMAT, Segment, State, create_segment
 _IDENTITY: Final = "store.msgpack"
 _LOCK: Final = "writer.lock"
 _SEGMENTS: Final = "segments"
+_RESERVE: Final = "reserve"
+_REQUESTS: Final = "requests"
+RESERVE_BYTES: Final = 256 << 10  # a small commit takes some 40 KB, a new segment 100 KB
 _SEGMENT_NAME: Final = re.compile(r"[0-9]{8,}\.mdb")
 _LOCK_BYTES: Final = 64  # more than the two numbers in it
 _LOCK_TRIES: Final = 25  # a reader's probe holds the lock for microseconds: 0.5 s is ample
@@ -39,6 +45,7 @@ class Layout:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.segments = self.path / _SEGMENTS
+        self.requests = self.path / _REQUESTS
         self._lock_path = str(self.path / _LOCK)
 
     def segment_path(self, number: int) -> Path:
@@ -107,7 +114,7 @@ class Layout:
 
     def prepare(self) -> None:
         """Make the store's folders, durably; refuse a folder that holds something else."""
-        known = {_LOCK, _SEGMENTS, _IDENTITY + ".tmp"}
+        known = {_LOCK, _SEGMENTS, _RESERVE, _REQUESTS, _IDENTITY + ".tmp"}
         with translated(self.path):
             found = set(os.listdir(self.path)) if self.path.exists() else set()
             if foreign := sorted(found - known):
@@ -147,6 +154,33 @@ class Layout:
                     entry.endswith(".mdb-lock") and not entry.startswith(active)
                 ):
                     (self.segments / entry).unlink(missing_ok=True)
+
+    def unlisted(self, state: State) -> list[int]:
+        """Segments that a drop cut short has left behind: older, and known to hold nothing."""
+        return [n for n in self.numbers() if n < state.number and n not in state.sealed]
+
+    def remove(self, numbers: Iterable[int]) -> None:
+        """Unlink dropped segments, durably; readers that have one open keep what they hold."""
+        with translated(self.segments):
+            for number in numbers:
+                self.segment_path(number).unlink(missing_ok=True)
+            sync_folder(self.segments)
+
+    def keep_reserve(self) -> None:
+        """Set room aside, where there is any."""
+        with suppress(OSError), (self.path / _RESERVE).open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+
+    def release_reserve(self) -> None:
+        """Give that room back to the disk: for a commit that puts things in order."""
+        with suppress(OSError):
+            (self.path / _RESERVE).unlink()
+
+    def free_bytes(self) -> int:
+        """What the disk has left for this process."""
+        with translated(self.path):
+            found = os.statvfs(self.path)
+        return found.f_bavail * found.f_frsize
 
     def writer(self) -> bytes:
         """What the writer lock says: changes whenever a writer starts; cheap."""

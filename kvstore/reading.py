@@ -102,6 +102,7 @@ class Scan(NamedTuple):
     state: State
     range: Range
     open_segment: Callable[[int], Segment]
+    is_dropped: Callable[[int], bool]
     on_damage: OnDamage
 
     def entries(self) -> Iterator[tuple[Segment, Entry]]:
@@ -150,7 +151,8 @@ class Scan(NamedTuple):
         try:
             segment = self.open_segment(number)
         except StoreFormatError as error:
-            self._report(self._rows(totals) + f" cannot be read: {error}", error)
+            if not self.is_dropped(number):  # else it is as if the read had begun later
+                self._report(self._rows(totals) + f" cannot be read: {error}", error)
             return
         try:
             for entry in segment.entries(

@@ -17,14 +17,16 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
 from kvstore import codec
 from kvstore.environment import Environment, Txn, create_environment, open_environment
 from kvstore.errors import DamageError, StoreError, StoreFormatError
+from kvstore.gaps import Gap
 from kvstore.schema import Array, Field, Schema
+from kvstore.settings import Pin, Settings
 from kvstore.timestamps import (
     MIN_NS,
     decode_key,
@@ -40,7 +42,11 @@ PAGE_ENTRIES: Final = 256  # index records per transaction of a scan: about 50 Â
 MAP_SPARE_BYTES: Final = 4 << 30  # address range beyond segment_bytes: no commit is that large
 OnDamage = Callable[[DamageError], None]
 _SPAN_CLASSES: Final = 65
+GONE: Final = object()  # in place of a meta record: delete it
+_GAPS: Final = b"gap:"
+_BEHIND_GAPS: Final = b"gap;"  # the next byte after the colon
 _STREAM: Final = struct.Struct(">I")
+_U64: Final = struct.Struct(">Q")
 _STREAM_CLASS: Final = struct.Struct(">IB")
 _SEQUENCE: Final = struct.Struct(">IQ")
 _NUMBER: Final = struct.Struct(">H")
@@ -85,17 +91,44 @@ class StreamInfo(NamedTuple):
 
 
 class Sealed(NamedTuple):
-    """The one-line summary of a sealed segment, carried by every later one."""
+    """The one-line summary of a sealed segment, carried by every later one.
+
+    clock_ns: the store's own clock (State) at its last commit.
+    """
 
     number: int
     file_bytes: int
     last_commit_ns: int
     totals: dict[int, Totals]
+    clock_ns: int = 0
+
+
+class Dropped(NamedTuple):
+    """What retention has removed of one stream, in all. recorded_ns: when last."""
+
+    totals: Totals = Totals()
+    segments: int = 0
+    recorded_ns: int = 0
+
+
+class Session(NamedTuple):
+    """The newest writing process. closed_ns: 0 while it writes, or where it never closed.
+
+    interval_s: its flush interval, None where only flush commits.
+    """
+
+    opened_ns: int = 0
+    closed_ns: int = 0
+    interval_s: float | None = None
 
 
 @dataclass(slots=True)
 class State:
-    """All of a segment's meta table: what the store is as of one commit."""
+    """All of a segment's meta table: what the store is as of one commit.
+
+    clock_ns: the store's own clock, by which segments age. It never goes back, and while a
+    writer lives it does not jump either. gaps: only where they were asked for.
+    """
 
     store_id: bytes
     number: int
@@ -106,6 +139,12 @@ class State:
     totals: dict[int, Totals] = field(default_factory=dict)
     marks: dict[str, Any] = field(default_factory=dict)
     sealed: dict[int, Sealed] = field(default_factory=dict)
+    dropped: dict[int, Dropped] = field(default_factory=dict)
+    clock_ns: int = 0
+    session: Session = field(default_factory=Session)
+    settings: Settings = field(default_factory=Settings)
+    pins: dict[int, Pin] = field(default_factory=dict)
+    gaps: dict[int, Gap] = field(default_factory=dict)
 
     def stream_totals(self, stream_id: int) -> Totals:
         """A stream's totals over the whole store."""
@@ -223,23 +262,34 @@ class Segment:
                 f"{store_id.hex()}: move it away, put this store's own segment in its place"
             )
 
-    def state(self) -> State:
-        """The whole meta table as of the last commit."""
+    def state(self, *, gaps: bool = False) -> State:
+        """The meta table as of the last commit; its gaps, which may be many, on request."""
         with self.environment.read() as txn:
             _, store_id, number, created_ns = _identity(self.environment, txn)
             state = State(store_id, number, created_ns, txn.id())
             with txn.cursor(self.environment.meta) as cursor:
-                for key, value in cursor:
-                    what = f"{self.environment.path}: meta record {bytes(key)!r}"
-                    read_meta_record(state, bytes(key), codec.unpacked(value, what))
+                more = cursor.first()
+                while more:
+                    key = bytes(cursor.key())
+                    if not gaps and key.startswith(_GAPS):
+                        more = cursor.set_range(_BEHIND_GAPS)
+                        continue
+                    what = f"{self.environment.path}: meta record {key!r}"
+                    read_meta_record(state, key, codec.unpacked(cursor.value(), what))
+                    more = cursor.next()
         for info in state.streams.values():
             totals = state.stream_totals(info.stream_id)
-            if totals.batches != totals.next_sequence:  # each batch was given the next one
+            batches = totals.batches + state.dropped.get(info.stream_id, Dropped()).totals.batches
+            if batches != totals.next_sequence:  # each batch was given the next one
                 raise DamageError(
-                    f"{self.environment.path}: the meta table knows {totals.batches} batches of "
+                    f"{self.environment.path}: the meta table knows {batches} batches of "
                     f"stream {info.name!r}, expected {totals.next_sequence}: records are missing"
                 )
         return state
+
+    def gaps(self) -> dict[int, Gap]:
+        """The gaps recorded as of the last commit."""
+        return self.state(gaps=True).gaps
 
     def entries(
         self, stream_id: int, start_ns: int, stop_ns: int, *, on_damage: OnDamage
@@ -347,14 +397,20 @@ class Segment:
             raise DamageError(f"field {field_.name!r}: {error}") from error
 
     def commit(self, batches: Iterable[EncodedBatch], records: dict[bytes, Any]) -> None:
-        """One transaction: the batches, and meta records by key; durable on return."""
+        """One transaction: the batches, and meta records by key; durable on return.
+
+        A record that is GONE is deleted.
+        """
         batches = list(batches)
         needed = sum(batch.stored_bytes for batch in batches) + (1 << 20)
         with self.environment.write(needed) as txn:
             for batch in batches:
                 self._put(txn, batch)
             for key, record in records.items():
-                txn.put(key, codec.packed(record), db=self.environment.meta)
+                if record is GONE:
+                    txn.delete(key, db=self.environment.meta)
+                else:
+                    txn.put(key, codec.packed(record), db=self.environment.meta)
 
     def _put(self, txn: Txn, batch: EncodedBatch) -> None:
         span = span_class(batch.first_ns, batch.last_ns)
@@ -402,7 +458,16 @@ def meta_records(state: State) -> dict[bytes, Any]:
     for name, value in state.marks.items():
         records[mark_key(name)] = value
     for sealed in state.sealed.values():
-        records[b"sealed:" + struct.pack(">Q", sealed.number)] = sealed
+        records[numbered_key("sealed", sealed.number)] = sealed
+    for stream_id, dropped in state.dropped.items():
+        records[dropped_key(stream_id)] = dropped
+    for pin in state.pins.values():
+        records[numbered_key("pin", pin.pin_id)] = pin
+    for number, gap in state.gaps.items():
+        records[numbered_key("gap", number)] = gap
+    records[b"clock"] = state.clock_ns
+    records[b"session"] = state.session
+    records[b"settings"] = state.settings._asdict()
     return records
 
 
@@ -416,6 +481,16 @@ def stream_record(info: StreamInfo) -> dict[bytes, Any]:
 def total_key(stream_id: int) -> bytes:
     """Meta key of a stream's totals."""
     return b"total:" + _STREAM.pack(stream_id)
+
+
+def dropped_key(stream_id: int) -> bytes:
+    """Meta key of what retention removed of a stream."""
+    return b"dropped:" + _STREAM.pack(stream_id)
+
+
+def numbered_key(kind: Literal["sealed", "pin", "gap"], number: int) -> bytes:
+    """Meta key of one of many: a sealed segment's summary, a pin, a gap."""
+    return kind.encode() + b":" + _U64.pack(number)
 
 
 def mark_key(name: str) -> bytes:
@@ -480,6 +555,24 @@ def read_meta_record(state: State, key: bytes, record: Any) -> None:
     elif kind == b"mark":
         state.marks[rest.decode()] = record
     elif kind == b"sealed":
-        number, file_bytes, last_commit_ns, totals = record
+        number, file_bytes, last_commit_ns, totals, *clock = record
         per_stream = {stream_id: Totals(*each) for stream_id, each in totals.items()}
-        state.sealed[number] = Sealed(number, file_bytes, last_commit_ns, per_stream)
+        state.sealed[number] = Sealed(number, file_bytes, last_commit_ns, per_stream, *clock)
+    else:
+        _read_operations(state, kind, rest, record)
+
+
+def _read_operations(state: State, kind: bytes, rest: bytes, record: Any) -> None:
+    if kind == b"dropped":
+        totals, *others = record
+        state.dropped[_STREAM.unpack(rest)[0]] = Dropped(Totals(*totals), *others)
+    elif kind == b"clock":
+        state.clock_ns = record
+    elif kind == b"session":
+        state.session = Session(*record)
+    elif kind == b"settings":
+        state.settings = Settings.from_record(record)
+    elif kind == b"pin":
+        state.pins[_U64.unpack(rest)[0]] = Pin(*record)
+    elif kind == b"gap":
+        state.gaps[_U64.unpack(rest)[0]] = Gap(*record)

@@ -9,32 +9,28 @@ from __future__ import annotations
 
 import os
 import threading
-import time as clocks
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Final, Literal, NamedTuple, Self
 
-import numpy as np
-
-from kvstore import environment, reading
+from kvstore import environment, retention
 from kvstore.errors import (
-    DamageError,
-    GapError,
+    KvstoreError,
     SchemaError,
     StoreClosed,
     StoreError,
     StreamNotFound,
 )
-from kvstore.export.conversions import Conversions
-from kvstore.follow import POLL_S, Follower, From, OnGap, Source
+from kvstore.gaps import Gap
 from kvstore.layout import Layout
-from kvstore.reading import Inclusive, Scan
-from kvstore.replay import Replay
-from kvstore.schema import Batch, BatchLike, Field, Schema
-from kvstore.segment import OnDamage, Segment, State, StreamInfo
-from kvstore.timestamps import TimeLike, Unit, typed_time
-from kvstore.writer import FLUSH_INTERVAL_S, SEGMENT_BYTES, StreamWriter, Writer, check_options
+from kvstore.schema import Schema
+from kvstore.segment import Segment, State, StreamInfo
+from kvstore.settings import Pin, Settings
+from kvstore.stream import Stream
+from kvstore.timestamps import TimeLike, Unit, range_ns, typed_time
+from kvstore.writer import FLUSH_INTERVAL_S, Writer, check_options
 
 _OPEN_SEGMENTS_MAX: Final = 16  # kept open between reads: a file descriptor and a map each
 
@@ -70,7 +66,8 @@ def open_store(
     mode: Literal["r", "w"] = "r",
     *,
     flush_interval_s: float | None = FLUSH_INTERVAL_S,
-    segment_bytes: int = SEGMENT_BYTES,
+    segment_bytes: int | None = None,
+    settings: Settings | None = None,
 ) -> Store:
     """Open the store in a directory; ``kvstore.open`` is this function.
 
@@ -79,6 +76,8 @@ def open_store(
     flush_interval_s: how long an appended row may wait for its commit, in seconds. None: only
     ``flush`` commits, all rows since the last flush and its marks in one transaction.
     segment_bytes: size at which a segment is sealed and the next one begun; at least 64 KiB.
+    By default 2 GiB, or a sixteenth of the store's max_bytes within 64 MiB and 2 GiB.
+    settings: limits and what counts as a gap, kept in the store in place of those it has.
 
     Raises StoreNotFound, StoreFormatError, StoreLocked.
     """
@@ -87,15 +86,24 @@ def open_store(
     layout = Layout(path)
     if mode == "r":
         return Store(layout, None)
-    check_options(flush_interval_s, segment_bytes)
+    check_options(flush_interval_s, segment_bytes, settings)
     if not layout.exists():
         layout.prepare()
-    writer = Writer(layout, flush_interval_s=flush_interval_s, segment_bytes=segment_bytes)
+    holders: list[weakref.ref[Store]] = []  # weak: a store nobody has any more is closed
+    writer = Writer(
+        layout,
+        flush_interval_s=flush_interval_s,
+        segment_bytes=segment_bytes,
+        settings=settings,
+        let_go=lambda: _let_go(holders),
+    )
     try:
-        return Store(layout, writer)
+        store = Store(layout, writer)
     except BaseException:
         writer.close()
         raise
+    holders.append(weakref.ref(store))
+    return store
 
 
 class Store:
@@ -151,12 +159,12 @@ class Store:
         return Stream(self, name, time)
 
     def __getitem__(self, name: str) -> Stream:
-        self._info(name)
+        self.definition(name)
         return Stream(self, name, "")
 
     def __contains__(self, name: object) -> bool:
         try:
-            self._info(str(name))
+            self.definition(str(name))
         except StreamNotFound:
             return False
         return True
@@ -177,6 +185,72 @@ class Store:
         to ``append``, where they must never be apart.
         """
         self.writer().flush(marks)
+
+    # ---- limits and gaps ----
+
+    @property
+    def settings(self) -> Settings:
+        """The limits that the store keeps, as of the last commit."""
+        return self.state().settings
+
+    def set(self, **changes: Any) -> Settings:
+        """Change some of the settings, such as max_bytes=800e9; durable on return."""
+        return Settings(**self.writer().perform("set", changes))
+
+    def pins(self) -> tuple[Pin, ...]:
+        """The time ranges that retention leaves alone."""
+        return tuple(pin for _, pin in sorted(self.state().pins.items()))
+
+    def pin(
+        self,
+        start: TimeLike | None,
+        stop: TimeLike | None,
+        label: str = "",
+        *,
+        unit: Unit | None = None,
+    ) -> int:
+        """Keep all segments that hold rows of this time range, now or later; the pin's number."""
+        first, last = range_ns(start, stop, unit=unit)
+        asked = {"start_ns": first, "stop_ns": last, "label": label}
+        return int(self.writer().perform("pin", asked)["pin_id"])
+
+    def unpin(self, pin_id: int) -> None:
+        """Let retention have a pinned range again."""
+        self.writer().perform("unpin", {"pin_id": pin_id})
+
+    def drop(self, before: TimeLike, *, unit: Unit | None = None) -> dict[str, Any]:
+        """Drop the segments whose rows are all before a time; what went and what was kept.
+
+        Keys of the result: segments, rows, bytes; kept: those with earlier rows that stay, each
+        with its segment, rows and why. Whole segments go, of all streams together.
+        """
+        self.writer().flush()
+        return self.writer().perform("drop", {"before_ns": range_ns(before, None, unit=unit)[0]})
+
+    def gaps(self) -> tuple[Gap, ...]:
+        """What is known to be missing or doubtful, in the order of its start."""
+        state = self.state()
+        recorded = self._active.gaps().values()
+        return tuple(sorted([*retention.dropped_gaps(state), *recorded], key=lambda g: g[1:3]))
+
+    def note_gap(
+        self,
+        kind: str,
+        stream: str = "",
+        *,
+        start_ns: int,
+        stop_ns: int,
+        rows: int = 0,
+        occurrences: int = 1,
+        detail: str = "",
+    ) -> None:
+        """Record a gap, in ns since 1970; durable with the next commit, as rows are."""
+        self.writer().note(Gap(kind, start_ns, stop_ns, stream, rows, occurrences, detail))
+
+    def let_go(self) -> None:
+        """Close segments that were sealed or dropped meanwhile, and are kept open here."""
+        with suppress(KvstoreError):
+            self.state()
 
     def close(self) -> None:
         """Commit what was appended, close the files. Further use raises StoreClosed."""
@@ -245,6 +319,11 @@ class Store:
                 self._keep(opened)
             return self._segments[number].shared()
 
+    def is_dropped(self, number: int) -> bool:
+        """Whether that segment has been dropped by now."""
+        state = self.state()
+        return number != state.number and number not in state.sealed
+
     def writer(self) -> Writer:
         """The writing side; StoreError where the store was opened for reading."""
         self._check_usable()
@@ -282,7 +361,7 @@ class Store:
             self._segments.pop(oldest).close()
         return segment
 
-    def _info(self, name: str, state: State | None = None) -> StreamInfo:
+    def definition(self, name: str, state: State | None = None) -> StreamInfo:
         """A stream's definition: the writer's own, which may not be committed yet, or stored."""
         if self._writer is not None and (found := self._writer.find(name)):
             return found.info
@@ -301,218 +380,10 @@ class Store:
             )
 
 
-class Stream(Conversions):
-    """One stream of an open store; get one from ``store.stream(name)`` or ``store[name]``."""
-
-    def __init__(self, store: Store, name: str, time: str):
-        self._store = store
-        self._time = time
-        self._writing: StreamWriter | None = None
-        self._append: Any = None
-        self.name = name
-
-    def __repr__(self) -> str:
-        return f"{self._store!r}[{self.name!r}]"
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (_reopened, (self._store, self.name))
-
-    @property
-    def schema(self) -> Schema:
-        """The fields there are now; StreamNotFound before the first append shows them."""
-        return self._store._info(self.name).schema  # noqa: SLF001
-
-    @property
-    def time(self) -> str:
-        """Name of the time field."""
-        return (self._writing.info if self._writing else self._store._info(self.name)).schema.time  # noqa: SLF001
-
-    def append(
-        self, batch: BatchLike, *, copy: bool = True, marks: Mapping[str, Any] | None = None
-    ) -> None:
-        """Add rows: arrays by field name with a shared first axis, or one row of scalars.
-
-        Rows may come in any order of time. Returns before they are durable: see ``flush``.
-        copy=False saves a copy where the arrays are never changed again. marks become durable
-        in the same transaction as these rows.
-        """
-        if self._writing is None:
-            self._writing = self._define(batch)
-            self._append = self._store.writer().append
-        self._append(self._writing, batch, copy=copy, marks=marks)
-
-    def add_fields(self, *fields: Field) -> None:
-        """Append fields to the schema. Earlier rows read as NaN, NaT, None or ``Field.fill``."""
-        writer = self._store.writer()
-        writer.define(self.name, self.schema.extended(fields))
-
-    def read(
-        self,
-        start: TimeLike | None = None,
-        stop: TimeLike | None = None,
-        *,
-        fields: Sequence[str] | None = None,
-        unit: Unit | None = None,
-        inclusive: Inclusive = "both",
-        ordered: bool = False,
-        verify: bool = True,
-        on_damage: OnDamage | None = None,
-    ) -> Iterator[Batch]:
-        """Batches of the rows with start <= time <= stop, as dicts of new arrays.
-
-        start, stop: float seconds, ISO 8601 text, datetime, datetime64, or int with ``unit``;
-        None is the very beginning or end. inclusive="left" leaves ``stop`` itself out.
-        fields: which ones, in this order; all by default.
-        ordered: merge rows strictly by time; else batches come by their first time and may
-        overlap where data arrived late. verify=False skips the checksums.
-        on_damage: called with a DamageError for each batch that cannot be read, which is then
-        left out; by default the error is raised.
-        """
-        scan = self._scan(start, stop, unit=unit, inclusive=inclusive, on_damage=on_damage)
-        return reading.read(scan, fields, ordered=ordered, verify=verify)
-
-    def follow(
-        self,
-        from_: From = "start",
-        *,
-        fields: Sequence[str] | None = None,
-        poll_s: float = POLL_S,
-        stop: Callable[[], bool] = lambda: False,
-        verify: bool = True,
-        on_damage: OnDamage | None = None,
-        on_gap: OnGap | None = None,
-        sleep: Callable[[float], object] = clocks.sleep,
-    ) -> Follower:
-        """Every committed batch once, in commit order, and those to come: iterate over it.
-
-        Each comes as Followed(cursor, batch); ``cursor`` is the place behind the batch. Keep it
-        with what you made of the batch, and go on from there: ``follow(cursor)``, in any process.
-        from_: a Cursor, "start" for the oldest batch there is, "end" for what comes from now on.
-        Asks for news every poll_s seconds, until ``stop()`` is true.
-        on_damage, on_gap: called for what cannot be delivered, damaged or dropped before its
-        turn, which is then passed over; by default the DamageError or GapError is raised.
-        """
-        store = self._store
-        source = Source(self.name, store.state, lambda n: store.open_segment(n, keep=False))
-        return Follower(
-            source,
-            from_,
-            fields=fields,
-            poll_s=poll_s,
-            stop=stop,
-            verify=verify,
-            on_damage=on_damage or _raise,
-            on_gap=on_gap or _raise,
-            sleep=sleep,
-        )
-
-    def replay(
-        self,
-        start: TimeLike | None = None,
-        stop: TimeLike | None = None,
-        *,
-        speed: float = 1.0,
-        loop: bool = False,
-        fields: Sequence[str] | None = None,
-        unit: Unit | None = None,
-        on_damage: OnDamage | None = None,
-        stop_when: Callable[[], bool] = lambda: False,
-        clock: Callable[[], float] = clocks.perf_counter,
-        sleep: Callable[[float], object] = clocks.sleep,
-    ) -> Replay:
-        """The rows of a range again, in order, at the pace of their times: iterate over it once.
-
-        Batches are handed out at (their first time - the first time of all) / speed after the
-        first, cut so that rows leave within a millisecond of their own time. speed=0: as fast as
-        possible. loop: begin anew at the end. Ends early once ``stop_when()`` is true.
-        ``lateness()`` of the result says how well the pace was kept.
-        """
-        time = self.schema.time
-        names = None if fields is None else list(fields)
-        drop_time = names is not None and time not in names
-        wanted = [*names, time] if names is not None and drop_time else names
-        return Replay(
-            lambda: self.read(
-                start, stop, fields=wanted, unit=unit, ordered=True, on_damage=on_damage
-            ),
-            time,
-            drop_time=drop_time,
-            speed=speed,
-            loop=loop,
-            stop=stop_when,
-            clock=clock,
-            sleep=sleep,
-        )
-
-    def count(
-        self,
-        start: TimeLike | None = None,
-        stop: TimeLike | None = None,
-        *,
-        unit: Unit | None = None,
-        inclusive: Inclusive = "both",
-    ) -> int:
-        """Number of rows in a range, from the index."""
-        return reading.count(
-            self._scan(start, stop, unit=unit, inclusive=inclusive, on_damage=None)
-        )
-
-    def first(self) -> Batch | None:
-        """The earliest row, as a batch of one row; None where the stream is empty."""
-        return self._row_at(0)
-
-    def last(self) -> Batch | None:
-        """The latest row, the last to arrive among equals, as a batch of one row."""
-        return self._row_at(-1)
-
-    def span(self) -> tuple[Any, Any] | None:
-        """(first, last) time in the stream's own time dtype; None where it is empty."""
-        state = self._store.state()
-        if self.name not in state.streams:
-            return None
-        stats = _stats(state, state.streams[self.name])
-        return None if stats.first is None else (stats.first, stats.last)
-
-    def __len__(self) -> int:
-        """Rows committed; O(segments)."""
-        state = self._store.state()
-        info = state.streams.get(self.name)
-        return state.stream_totals(info.stream_id).rows if info else 0
-
-    def _row_at(self, end: int) -> Batch | None:
-        span = self.span()
-        if span is None:
-            return None
-        row: Batch | None = None
-        unit: Unit | None = "ns" if isinstance(span[end], np.int64) else None
-        for batch in self.read(span[end], span[end], unit=unit, ordered=True):
-            row = {name: column[-1:] if end else column[:1] for name, column in batch.items()}
-            if not end:
-                break
-        return row
-
-    def _scan(
-        self,
-        start: TimeLike | None,
-        stop: TimeLike | None,
-        *,
-        unit: Unit | None,
-        inclusive: Inclusive,
-        on_damage: OnDamage | None,
-    ) -> Scan:
-        state = self._store.state()
-        info = self._store._info(self.name, state)  # noqa: SLF001
-        range_ = reading.make_range(info.schema, start, stop, unit=unit, inclusive=inclusive)
-        return Scan(info, state, range_, self._store.open_segment, on_damage or _raise)
-
-    def _define(self, batch: BatchLike) -> StreamWriter:
-        writer = self._store.writer()
-        found = writer.find(self.name)
-        if found is None:
-            schema = Schema.infer(batch, self._time)
-            schema.columns(batch)  # a batch that is refused must not leave a stream behind
-            found = writer.define(self.name, schema)
-        return found
+def _let_go(holders: list[weakref.ref[Store]]) -> None:
+    for holder in holders:
+        if store := holder():
+            store.let_go()
 
 
 def _shut(writer: Writer | None, segments: OrderedDict[int, Segment]) -> None:
@@ -522,14 +393,6 @@ def _shut(writer: Writer | None, segments: OrderedDict[int, Segment]) -> None:
     finally:
         for segment in segments.values():
             segment.close()
-
-
-def _reopened(store: Store, name: str) -> Stream:
-    return store[name]
-
-
-def _raise(error: DamageError | GapError) -> None:
-    raise error
 
 
 def _stats(state: State, info: StreamInfo) -> StreamStats:

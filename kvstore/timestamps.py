@@ -173,6 +173,11 @@ def time_bounds(dtype: np.dtype[Any]) -> tuple[float, float]:
     return -highest, highest
 
 
+def ticks_per_second(dtype: np.dtype[Any]) -> int:
+    """Counts of a time dtype in a second; 1 for float64."""
+    return 1 if dtype == _FLOAT64 else NS_PER_S // _count_ns(dtype)
+
+
 def _refused(value: object, where: str = "") -> TimeError:
     return TimeError(
         f"{where}time {value} cannot be stored: {_HELD}. Milliseconds passed as seconds "
@@ -198,6 +203,16 @@ def to_time(
     Times that are not numbers ignore it. Raises TimeError for what cannot be read, NaN and NaT.
     """
     return _from_ns(_exact_ns(value, unit), dtype, side)
+
+
+def range_ns(
+    start: TimeLike | None, stop: TimeLike | None, *, unit: Unit | None = None
+) -> tuple[int, int]:
+    """Both ends of a range in ns, where no stream gives the type; None is the outermost."""
+    int64 = np.dtype(np.int64)
+    first = MIN_NS if start is None else int(to_time(start, int64, side="start", unit=unit))
+    last = MAX_NS if stop is None else int(to_time(stop, int64, side="stop", unit=unit))
+    return first, last
 
 
 def beyond(value: TimeLike, dtype: np.dtype[Any], *, unit: Unit | None = None) -> int:

@@ -10,22 +10,25 @@ until a retry succeeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Final
 
-from kvstore import codec, environment
-from kvstore.commit import Committer, Queued
+from kvstore import codec, environment, gaps, operations, retention
+from kvstore.changes import Queued
+from kvstore.commit import Committer
 from kvstore.errors import SchemaError, StoreClosed, StoreError
+from kvstore.gaps import Gap, Watch
 from kvstore.gather import SMALL_BYTES, STAGED_BYTES_MAX, Staging, cut, size_of
 from kvstore.layout import Layout, WriterLock
 from kvstore.schema import Array, BatchLike, Field, Schema, check_name
 from kvstore.segment import EncodedBatch, StreamInfo
+from kvstore.settings import Settings
 from kvstore.timestamps import plain_time, time_to_ns
 
 FLUSH_INTERVAL_S: Final = 0.1
-SEGMENT_BYTES: Final = 2 << 30
 SEGMENT_BYTES_MIN: Final = 64 << 10  # room for the tables and what a new segment carries
 ENCODERS: Final = 2  # threads: one for each core of the smallest device
 _HAND_OVER_BYTES: Final = 64 << 10  # below, waking a thread takes longer than encoding
@@ -39,12 +42,21 @@ class StreamWriter:
     def __init__(self, info: StreamInfo):
         self.info = info
         self.staging = Staging(info.schema)
+        self.watch = Watch(info.name, info.schema.time_dtype)
 
 
 class Writer:
     """Owns the writer lock, the streams' staging and the encoding threads."""
 
-    def __init__(self, layout: Layout, *, flush_interval_s: float | None, segment_bytes: int):
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        flush_interval_s: float | None,
+        segment_bytes: int | None,
+        settings: Settings | None,
+        let_go: Callable[[], object],
+    ):
         self._layout = layout
         self._generation = environment.generation
         self._closed = False
@@ -52,7 +64,8 @@ class Writer:
         self._lock = WriterLock(layout)
         try:
             if not layout.exists():
-                layout.create(segment_bytes)
+                limits = settings or Settings()
+                layout.create(retention.segment_bytes(limits, segment_bytes))
             layout.store_id()
             layout.tidy()
             self._committer = Committer(
@@ -60,6 +73,8 @@ class Writer:
                 interval_s=flush_interval_s,
                 segment_bytes=segment_bytes,
                 seal=self._seal_all,
+                tick=self._note_silence,
+                let_go=let_go,
             )
             self._lock.announce()
         except BaseException:
@@ -68,6 +83,8 @@ class Writer:
         streams = self._committer.state.streams
         self._streams = {name: StreamWriter(info) for name, info in streams.items()}
         self._pool = ThreadPoolExecutor(ENCODERS, "kvstore-encode")
+        if settings is not None:
+            self.perform("set", settings._asdict())
 
     def find(self, name: str) -> StreamWriter | None:
         """The stream of that name, committed or not."""
@@ -164,8 +181,7 @@ class Writer:
         *,
         copy: bool,
     ) -> None:
-        time = schema.number(schema.time)
-        parts = list(cut(columns, time))
+        parts = list(cut(columns, schema.number(schema.time)))
         if copy:
             items = [self._encoded(stream.info, schema, part) for part in parts]
         else:
@@ -173,6 +189,7 @@ class Writer:
         with self._committer.lock:
             self.check_usable()
             self._seal_all() if marks else self._seal_for(stream)
+            self._look_at(stream, columns[schema.number(schema.time)])
             for item in items:
                 item.joined = bool(marks)
                 self._committer.put(item)
@@ -242,9 +259,34 @@ class Writer:
             stream.staging.add(columns, size, copy=False)
             raise
         self._committer.staged_bytes -= size
+        self._look_at(stream, columns[schema.number(schema.time)])
         for item in items:
             item.joined = joined
             self._committer.put(item)
+
+    def _look_at(self, stream: StreamWriter, times: Array) -> None:
+        """Record what the times, as they arrived, say of gaps; the committer's lock is held."""
+        settings = self._committer.state.settings
+        for gap in stream.watch.see(times, time.monotonic(), settings):
+            self._committer.put(Queued(change=gap))
+
+    def _note_silence(self) -> None:
+        """Record silences that last too long by now; the committer's lock is held."""
+        settings, now_s = self._committer.state.settings, time.monotonic()
+        for stream in self._streams.values():
+            if gap := stream.watch.overdue(now_s, settings):
+                self._committer.put(Queued(change=gap))
+
+    def note(self, gap: Gap) -> None:
+        """Record a gap; durable with the next commit."""
+        self.check_usable()
+        with self._committer.lock:
+            self._committer.put(Queued(change=gaps.checked(gap)))
+
+    def perform(self, what: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Have one of operations.py done, durably, between two commits."""
+        self.check_usable()
+        return self._committer.call(lambda active: operations.perform(active, what, arguments))
 
     def _encoded(self, info: StreamInfo, schema: Schema, columns: list[Array]) -> Queued:
         """A batch whose blocks are made now: the caller may reuse its arrays afterwards."""
@@ -283,9 +325,13 @@ def _blocks(columns: list[Array], fields: Sequence[Field], *, copy: bool) -> lis
     ]
 
 
-def check_options(flush_interval_s: float | None, segment_bytes: int) -> None:
+def check_options(
+    flush_interval_s: float | None, segment_bytes: int | None, settings: Settings | None
+) -> None:
     """StoreError where a writer's option is out of bounds; before anything is made."""
-    if segment_bytes < SEGMENT_BYTES_MIN:
+    if settings is not None:
+        settings.checked()
+    if segment_bytes is not None and segment_bytes < SEGMENT_BYTES_MIN:
         raise StoreError(f"segment_bytes={segment_bytes}: use at least {SEGMENT_BYTES_MIN}")
     if flush_interval_s is not None and not 0 <= flush_interval_s <= _FLUSH_INTERVAL_S_MAX:
         raise StoreError(

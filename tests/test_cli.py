@@ -691,7 +691,8 @@ def test_help_explains_every_command_with_examples_that_exist():
 def test_help_speaks_of_the_real_defaults():
     from kvstore.cli.options import duration_s, size_bytes  # noqa: PLC0415
     from kvstore.packets import FRAME_BYTES_MAX  # noqa: PLC0415
-    from kvstore.writer import FLUSH_INTERVAL_S, SEGMENT_BYTES  # noqa: PLC0415
+    from kvstore.retention import SEGMENT_BYTES  # noqa: PLC0415
+    from kvstore.writer import FLUSH_INTERVAL_S  # noqa: PLC0415
 
     text = re.sub(r"\s+", " ", run("write", "--help").text)
     said = re.findall(r"(\w+) if not given", text)

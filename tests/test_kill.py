@@ -118,7 +118,14 @@ def first_rows(stream):
     """(sequence, first row's number) of every batch."""
     state = stream._store.state()
     everything = make_range(stream.schema, None, None, unit=None, inclusive="both")
-    scan = Scan(state.streams["s"], state, everything, stream._store.open_segment, pytest.fail)
+    scan = Scan(
+        state.streams["s"],
+        state,
+        everything,
+        stream._store.open_segment,
+        stream._store.is_dropped,
+        pytest.fail,
+    )
     number = stream.schema.number("v")
     for segment, entry in scan.entries():
         (column,) = segment.fetch(entry, [(number, stream.schema.fields[number])])

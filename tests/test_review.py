@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import kvstore
-from kvstore import codec, commit, layout
+from kvstore import active, codec, commit, layout
 from kvstore.errors import PacketError, SchemaError, StoreClosed, StoreError
 from kvstore.packets import PacketDecoder, encode
 from kvstore.schema import Field
@@ -136,7 +136,7 @@ def test_append_in_a_forked_child_raises_although_the_lock_was_held(path):
 def test_many_streams_wait_for_room_together(path, monkeypatch):
     monkeypatch.setattr(commit, "QUEUE_BYTES_MAX", 1 << 20)
     held = threading.Event()
-    monkeypatch.setattr(commit.Committer, "_commit", lambda *_: held.wait(30))
+    monkeypatch.setattr(active.Active, "commit", lambda *_: held.wait(30))
     store = kvstore.open(path, "w", flush_interval_s=0.01)
     streams = [store.stream(f"s{k}") for k in range(40)]
     accepted = []

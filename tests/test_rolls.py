@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import kvstore
-from kvstore import Field, Schema, StoreError, commit, layout
+from kvstore import Field, Schema, StoreError, active, layout
 from kvstore.segment import Segment
 
 TINY = {"segment_bytes": 64 << 10, "flush_interval_s": None}
@@ -68,7 +68,7 @@ def failing(monkeypatch, step, when):
     elif step == "open":
         made = Failing(Segment.open, when)
         made.error = StoreError("Too many open files")
-        monkeypatch.setattr(commit, "Segment", SimpleNamespace(open=made))
+        monkeypatch.setattr(active, "Segment", SimpleNamespace(open=made))
     else:
         made = Failing(getattr(layout, step), when)
         monkeypatch.setattr(layout, step, made)

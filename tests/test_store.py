@@ -19,6 +19,7 @@ from kvstore import (
     StoreError,
     StreamNotFound,
     TimeError,
+    active,
     commit,
     segment,
 )
@@ -422,7 +423,7 @@ def test_without_an_interval_memory_is_bounded(path, monkeypatch):
 @pytest.mark.parametrize("copy", [True, False])
 def test_an_append_of_any_size_is_cut_into_commits(path, monkeypatch, copy):
     """One that outgrew the segment's address range was retried for ever."""
-    for module in (segment, commit):
+    for module in (segment, active):
         monkeypatch.setattr(module, "MAP_SPARE_BYTES", 12 << 20)
     monkeypatch.setattr(commit, "GROUP_BYTES", 4 << 20)
     noise = np.random.default_rng(1).random(2 << 20)

@@ -33,7 +33,7 @@ from kvstore.generate import generate as generate_packets
 from kvstore.ingest import PARTICLES, OnError, Progress, Source, ingest
 from kvstore.packets import FRAME_BYTES_MAX, PacketDecoder
 from kvstore.timestamps import format_time
-from kvstore.writer import FLUSH_INTERVAL_S, SEGMENT_BYTES
+from kvstore.writer import FLUSH_INTERVAL_S
 
 _MIB: Final = 1 << 20
 _SKIPS_SHOWN: Final = 10  # a broken sender would fill the screen
@@ -136,14 +136,15 @@ def write(
         ),
     ] = FLUSH_INTERVAL_S,
     segment_bytes: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="Size at which a new segment is begun; 2GiB if not given.",
+            help="Size at which a new segment is begun; 2GiB if not given, or a sixteenth of "
+            "the store's max-bytes.",
             show_default=False,
             parser=size_bytes,
             metavar="SIZE",
         ),
-    ] = SEGMENT_BYTES,
+    ] = None,
     max_packet_bytes: Annotated[
         int,
         typer.Option(

@@ -17,6 +17,7 @@ from kvstore.export.files import FORMATS, check_format, write_file
 from kvstore.export.load import LOADABLE, load
 from kvstore.ingest import PARTICLES
 from kvstore.schema import Batch
+from kvstore.stream import Stream
 
 _FORMATS: Final = "Its end says the format: .npz .npy .csv .jsonl .parquet .arrow .h5 .zarr"
 
@@ -150,6 +151,6 @@ def _import_file(store: stores.Store, name: str, file: Path, time_field: str) ->
     return rows
 
 
-def _append(target: stores.Stream, batches: Iterator[Any]) -> None:
+def _append(target: Stream, batches: Iterator[Any]) -> None:
     for batch in batches:
         target.append(batch)

@@ -22,6 +22,7 @@ from kvstore.errors import KvstoreError, PacketError
 from kvstore.follow import POLL_S, Cursor, CursorFile
 from kvstore.packets import encode
 from kvstore.schema import Batch, Field
+from kvstore.stream import Stream
 
 Send = Callable[[Iterator[Batch], list[Field], BinaryIO], object]
 Begin = Literal["start", "end"]
@@ -66,7 +67,7 @@ class Following:
             finally:
                 self._save()
 
-    def _awaited(self, store: stores.Store, stop: Callable[[], bool]) -> stores.Stream | None:
+    def _awaited(self, store: stores.Store, stop: Callable[[], bool]) -> Stream | None:
         """The stream, once it is there: a follower may be started before the first writer."""
         told = False
         cursor = self._kept.cursor if self._kept else None
@@ -81,7 +82,7 @@ class Following:
             time.sleep(POLL_S)
         return None
 
-    def _batches(self, stream: stores.Stream, stop: Callable[[], bool]) -> Iterator[Batch]:
+    def _batches(self, stream: Stream, stop: Callable[[], bool]) -> Iterator[Batch]:
         follower = stream.follow(
             (self._kept and self._kept.cursor) or self._begin,
             fields=self._fields,

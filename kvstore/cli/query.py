@@ -23,6 +23,7 @@ from kvstore.export import csv, jsonl, npz
 from kvstore.ingest import PARTICLES
 from kvstore.reading import limited
 from kvstore.schema import Batch, Field
+from kvstore.stream import Stream
 from kvstore.timestamps import format_time, subtract, to_time
 
 Format = Literal["packets", "npz", "csv", "jsonl", "summary"]
@@ -34,7 +35,7 @@ _STDOUT: Final = STDIN  # the same dash
 class Reading:
     """What to read, and how far it got."""
 
-    stream: stores.Stream
+    stream: Stream
     start: Any
     stop: Any
     fields: Sequence[str] | None
@@ -242,7 +243,7 @@ def stream_name(store: stores.Store, given: str | None) -> str:
     return PARTICLES if given is None else given
 
 
-def start_of_last(stream: stores.Stream, last_ns: int) -> Any:
+def start_of_last(stream: Stream, last_ns: int) -> Any:
     """The start of the stretch before the last row; None where there is no row.
 
     An int64 as a range end needs its unit said, so it goes as datetime64.

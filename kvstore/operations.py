@@ -1,0 +1,134 @@
+"""What can be asked of a store that is being written: set, pin, unpin, drop.
+
+Carried out on the commit thread, between two commits; durable on return. Each does no more when
+it is repeated than when it is done once. Results are plain values, for requests travel as files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+from kvstore import requests, retention
+from kvstore.active import Active
+from kvstore.changes import Unpin
+from kvstore.errors import KvstoreError, StoreError
+from kvstore.segment import Sealed, State, Totals
+from kvstore.settings import LABEL_CHARS_MAX, PINS_MAX, Pin, Settings
+
+
+def perform(active: Active, what: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Do one thing; StoreError where it cannot be done."""
+    if what not in _OPERATIONS:
+        raise StoreError(f"{what!r} cannot be asked for: there are {', '.join(_OPERATIONS)}")
+    try:
+        return _OPERATIONS[what](active, **arguments)
+    except TypeError as error:
+        raise StoreError(f"{what}: {error}; is the other side of another release?") from error
+
+
+def answer(active: Active) -> None:
+    """Carry out what other processes ask for."""
+    for request in requests.pending(active.layout):
+        try:
+            if request.problem:
+                raise StoreError(f"request {request.name} {request.problem}")
+            arguments = dict(request.arguments)
+            if request.what == "pin":
+                arguments["request"] = request.name
+            result: Any = perform(active, request.what, arguments)
+        except KvstoreError as error:
+            requests.answer(request, str(error), is_error=True)
+        else:
+            requests.answer(request, result, is_error=False)
+
+
+def set_(active: Active, **changes: Any) -> dict[str, Any]:
+    """Change these settings, leave the others; all of them as they are now."""
+    if unknown := changes.keys() - set(Settings._fields):
+        raise StoreError(f"no setting {min(unknown)!r}: there are {', '.join(Settings._fields)}")
+    settings = active.state.settings._replace(**changes).checked()
+    if settings != active.state.settings:
+        active.change(settings)
+    return settings._asdict()
+
+
+def pin(
+    active: Active, *, start_ns: int, stop_ns: int, label: str = "", request: str = ""
+) -> dict[str, Any]:
+    """Keep the segments of a time range; its number, and how many there are by now."""
+    state = active.state
+    if start_ns > stop_ns:
+        raise StoreError("a pin that ends before it begins: give --start and --stop in order")
+    known = next((p for p in state.pins.values() if request and p.request == request), None)
+    if known is None:
+        if len(state.pins) >= PINS_MAX:
+            raise StoreError(f"{len(state.pins)} pins already, no more than {PINS_MAX}: unpin some")
+        number = max(state.pins, default=0) + 1
+        label = label[:LABEL_CHARS_MAX]
+        known = Pin(number, start_ns, stop_ns, label, time.time_ns(), request)
+        active.change(known)
+    held = [s for s in active.state.sealed.values() if retention.pinned_by(active.state, s)]
+    return {"pin_id": known.pin_id, "pinned_segments": len(held)}
+
+
+def unpin(active: Active, *, pin_id: int) -> dict[str, Any]:
+    """Let go of a pinned range."""
+    if pin_id not in active.state.pins:
+        there = ", ".join(map(str, sorted(active.state.pins))) or "none"
+        raise StoreError(f"no pin {pin_id}: there are {there}")
+    active.change(Unpin(pin_id))
+    return {"pin_id": pin_id}
+
+
+def drop(active: Active, *, before_ns: int) -> dict[str, Any]:
+    """Drop the segments whose rows are all before a time; what went, and what was kept and why."""
+    own = active.state.totals
+    if _rows(own) and _ends_before(active.state, own, before_ns):
+        active.roll()  # so that it can go, too
+    state = active.state
+    kept = list(_kept(state, before_ns))
+    old = [s for s in state.sealed.values() if _ends_before(state, s.totals, before_ns)]
+    gone = [s for s in old if not retention.pinned_by(state, s)]
+    active.drop([sealed.number for sealed in gone])
+    return {
+        "segments": len(gone),
+        "rows": sum(_rows(sealed.totals) for sealed in gone),
+        "bytes": sum(sealed.file_bytes for sealed in gone),
+        "kept": kept,
+    }
+
+
+def _kept(state: State, before_ns: int) -> Iterator[dict[str, Any]]:
+    """Segments that hold rows from before that time and stay all the same."""
+    for sealed in sorted(state.sealed.values()):
+        why = _why_kept(state, sealed, before_ns)
+        if why and _begins(state, sealed.totals, before_ns):
+            yield {"segment": sealed.number, "rows": _rows(sealed.totals), "why": why}
+    if _rows(state.totals) and _begins(state, state.totals, before_ns):
+        why = "it takes the writes, and holds later rows"
+        yield {"segment": state.number, "rows": _rows(state.totals), "why": why}
+
+
+def _why_kept(state: State, sealed: Sealed, before_ns: int) -> str:
+    if label := retention.pinned_by(state, sealed):
+        return f"pinned: {label}"
+    return "" if _ends_before(state, sealed.totals, before_ns) else "it holds later rows"
+
+
+def _begins(state: State, totals: dict[int, Totals], before_ns: int) -> bool:
+    return any(first < before_ns for first, _ in retention.spans_ns(state, totals))
+
+
+def _ends_before(state: State, totals: dict[int, Totals], before_ns: int) -> bool:
+    return all(last < before_ns for _, last in retention.spans_ns(state, totals))
+
+
+def _rows(totals: dict[int, Totals]) -> int:
+    return sum(each.rows for each in totals.values())
+
+
+_OPERATIONS: Final[dict[str, Callable[..., dict[str, Any]]]] = {
+    "set": set_, "pin": pin, "unpin": unpin, "drop": drop,
+}  # fmt: skip
