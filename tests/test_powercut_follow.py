@@ -1,9 +1,10 @@
 """A power cut takes back nothing that a follower has: no sequence is given to other rows.
 
-Recorded are a writer and, in a thread, its follower; then sessions of writers whose last commit
-is visible and on no disk, as a kill -9 in the middle of a commit may leave it, each followed
-before the next writer begins. What was delivered is marked; every batch carries its number,
-which is its sequence, so a store that holds fewer than were delivered gives a sequence twice.
+Recorded are sessions of writers whose last commit is visible and on no disk, as a kill -9 in
+the middle of a commit may leave it, each followed before the next writer begins; then a writer
+that rolls and, in a thread, its follower. What was delivered is marked; every batch carries its
+number, which is its sequence, so a store that holds fewer than were delivered gives a sequence
+twice.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from powercut import checker, disk, recorder
 import kvstore
 from kvstore.environment import Environment
 
-BATCHES = 40  # by the writer with its follower
-SESSIONS = 6  # of writers that leave a commit which is not durable
+BATCHES = 40
+SESSIONS = 7  # of writers that leave a commit which is not durable
 STATES = 60
 OPTIONS = {"segment_bytes": 1 << 17, "flush_interval_s": None}
 
@@ -33,22 +34,24 @@ def append(store: kvstore.Store, number: int) -> None:
     store.flush()
 
 
-def write_and_follow(root: Path) -> None:
+def write_and_follow(root: Path, *, sessions_only: bool) -> None:
     path = root / "run.kv"
+    with kvstore.open(path, "w", segment_bytes=1 << 30) as store:  # the sessions never roll:
+        append(store, 0)  # that comes after a commit that is durable
+    for number in range(1, SESSIONS):
+        follow_a_commit_that_is_not_durable(path, number)
+    if sessions_only:
+        return
     with kvstore.open(path, "w", **OPTIONS) as store:
-        append(store, 0)
-        follower = threading.Thread(target=deliver, args=(path, "start", BATCHES))
+        begin = kvstore.Cursor(store_id(path), "s", SESSIONS)
+        follower = threading.Thread(target=deliver, args=(path, begin, BATCHES))
         follower.start()
-        for number in range(1, BATCHES):
+        for number in range(SESSIONS, BATCHES):
             append(store, number)
         follower.join()
-    for session in range(SESSIONS):
-        count = BATCHES + session
-        leave_a_commit_that_is_not_durable(path, count)
-        deliver(path, kvstore.Cursor(store_id(path), "s", count), count + 1)
 
 
-def deliver(path: Path, begin: kvstore.Cursor | str, count: int) -> None:
+def deliver(path: Path, begin: kvstore.Cursor, count: int) -> None:
     """Follow until so many were delivered in all; mark each."""
     with kvstore.open(path) as store:
         for cursor, batch in store["s"].follow(begin):
@@ -59,12 +62,13 @@ def deliver(path: Path, begin: kvstore.Cursor | str, count: int) -> None:
                 return
 
 
-def leave_a_commit_that_is_not_durable(path: Path, number: int) -> None:
+def follow_a_commit_that_is_not_durable(path: Path, number: int) -> None:
     opened = lmdb.open
     lmdb.open = lambda *args, **options: opened(*args, **{**options, "metasync": False})
     try:
-        with kvstore.open(path, "w", **{**OPTIONS, "segment_bytes": 1 << 30}) as store:
-            append(store, number)  # no roll: a roll follows a commit that is durable
+        with kvstore.open(path, "w", segment_bytes=1 << 30) as store:
+            append(store, number)
+            deliver(path, kvstore.Cursor(store_id(path), "s", number), number + 1)
     finally:
         lmdb.open = opened
 
@@ -137,6 +141,7 @@ def test_a_follower_that_does_not_wait_for_the_disk_is_caught(record):
 
 
 if __name__ == "__main__":
-    if sys.argv[2] == "waiting":
+    broken = sys.argv[2] == "waiting"
+    if broken:
         Environment.wait_until_durable = lambda _, commit: None
-    write_and_follow(Path(sys.argv[1]))
+    write_and_follow(Path(sys.argv[1]), sessions_only=broken)
