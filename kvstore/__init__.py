@@ -10,6 +10,7 @@ with kvstore.open("run.kv") as store:
 
 from kvstore.backup import BackupReport, backup
 from kvstore.check import Damage
+from kvstore.control import configure, drop, pin, unpin
 from kvstore.errors import (
     CursorError,
     DamageError,
@@ -71,8 +72,12 @@ __all__ = [
     "TimeError",
     "VerifyReport",
     "backup",
+    "configure",
+    "drop",
     "keep_freed_memory",
     "open",
+    "pin",
     "recover",
+    "unpin",
     "verify",
 ]

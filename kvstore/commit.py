@@ -66,7 +66,7 @@ class Committer:
         self.oldest_s: float | None = None  # since when something waits for its commit
         self._asked = self._answered = 0
         self._failed_s = 0.0
-        self._tick_s = time.monotonic() + TICK_S
+        self._tick_s = 0.0  # at once: requests may be waiting
         self.error: BaseException | None = None
         self._closing = False
         self._calls: list[tuple[Future[Any], Callable[[Active], Any]]] = []

@@ -72,10 +72,11 @@ def plan(state: State, sizes: Sizes) -> Plan:
             return _plan(drop, f"{total} bytes, the store's max_bytes is {settings.max_bytes}")
     if settings.min_free_bytes is not None and not drop:
         short = settings.min_free_bytes + sizes.needed - sizes.free - sizes.leaving
-        if short > 0 and not rest:
-            return _plan([], f"{sizes.free} bytes free, to be left are {settings.min_free_bytes}")
+        while rest and short > 0:
+            drop.append(rest.pop(0))
+            short -= drop[-1].file_bytes
         if short > 0:
-            drop.append(rest[0])  # one at a time: a reader may hold what was dropped
+            return _plan(drop, f"{sizes.free} bytes free, to be left are {settings.min_free_bytes}")
     return _plan(drop)
 
 

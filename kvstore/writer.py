@@ -60,6 +60,7 @@ class Writer:
         self._layout = layout
         self._generation = environment.generation
         self._closed = False
+        self._streams: dict[str, StreamWriter] = {}
         self._marks: dict[str, Any] = {}  # appended with rows that are still staged
         self._lock = WriterLock(layout)
         try:
@@ -272,9 +273,9 @@ class Writer:
 
     def _note_silence(self) -> None:
         """Record silences that last too long by now; the committer's lock is held."""
-        settings, now_s = self._committer.state.settings, time.monotonic()
         for stream in self._streams.values():
-            if gap := stream.watch.overdue(now_s, settings):
+            settings = self._committer.state.settings
+            if gap := stream.watch.overdue(time.monotonic(), settings):
                 self._committer.put(Queued(change=gap))
 
     def note(self, gap: Gap) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 import typer
 
-from kvstore.cli import capture, check, export, query, replay, stats
+from kvstore.cli import capture, check, export, limits, query, replay, stats
 from kvstore.cli.terminal import FAILED, complain, open_standard_files
 from kvstore.errors import KvstoreError
 
@@ -78,6 +78,22 @@ app.command(
     epilog=_examples("kvstore backup run.kv /mnt/usb/run.kv", "kvstore read /mnt/usb/run.kv")
 )(check.backup)
 app.command(epilog=_examples("kvstore info run.kv", "kvstore info run.kv --json"))(stats.info)
+app.command(epilog=_examples("kvstore gaps run.kv", "kvstore gaps run.kv --json"))(limits.gaps)
+app.command(
+    "set",
+    epilog=_examples(
+        "kvstore set run.kv --max-bytes 800GB --max-age 7d",
+        "kvstore set run.kv --max-age none",
+        "kvstore set run.kv",
+    ),
+)(limits.set_)
+app.command(epilog=_examples("kvstore drop run.kv --before 2026-02-17"))(limits.drop)
+app.command(
+    epilog=_examples(
+        'kvstore pin run.kv --start 2026-02-17T15:30 --stop 2026-02-17T15:40 --label "door opened"'
+    )
+)(limits.pin)
+app.command(epilog=_examples("kvstore unpin run.kv 1"))(limits.unpin)
 
 
 def _show_version(wanted: bool) -> None:

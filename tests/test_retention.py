@@ -1,0 +1,602 @@
+"""Limits, pins and drops: what goes, what stays, and that the limits hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import ROOT, start
+
+import kvstore
+from kvstore import DiskFull, Settings, StoreError, layout, requests, retention
+from kvstore.layout import Layout
+from kvstore.segment import Sealed, State
+
+MIB = 1 << 20
+ROWS = 500
+TINY = {"segment_bytes": 64 << 10}
+
+
+def content(number):
+    """500 rows of noise, about 84 kB stored; batch ``number`` lies in second ``number``."""
+    noise = np.random.default_rng(number).random((ROWS, 20))
+    rows = np.arange(number * ROWS, (number + 1) * ROWS)
+    return {"time": rows / ROWS, "row": rows, "noise": noise}
+
+
+def put(store, numbers):
+    for number in numbers:
+        store.stream("s").append(content(number))
+        store.flush()
+
+
+def numbers_in(store):
+    """Which batches are there; each must be whole and as it was appended."""
+    found = []
+    for batch in store["s"].read():
+        for begin in range(0, len(batch["row"]), ROWS):
+            number = int(batch["row"][begin]) // ROWS
+            for name, values in content(number).items():
+                assert np.array_equal(batch[name][begin : begin + ROWS], values)
+            found.append(number)
+    return found
+
+
+def used(path):
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+
+
+def dropped_rows(store):
+    return sum(gap.rows for gap in store.gaps() if gap.kind == "dropped")
+
+
+# ---- the limit of size ----
+
+
+def test_the_size_limit_holds_and_the_oldest_go(path):
+    limit, most = 4 * MIB, 0
+    done = threading.Event()
+
+    def watch():
+        nonlocal most
+        while not done.is_set():
+            try:
+                most = max(most, used(path))
+            except FileNotFoundError:
+                continue
+
+    with kvstore.open(path, "w", settings=Settings(max_bytes=limit)) as store:
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        for number in range(150):  # three times the limit, not waiting for anything
+            store.stream("s").append(content(number))
+        store.flush()
+        done.set()
+        watcher.join()
+        found = numbers_in(store)
+        assert found == list(range(found[0], 150))
+        assert 15 < len(found) < 50  # neither too much was kept nor too little
+        assert dropped_rows(store) == found[0] * ROWS
+        assert len(store["s"]) == len(found) * ROWS
+    assert limit // 2 < most <= limit
+
+
+def test_limits_stay_with_the_store(path):
+    wanted = Settings(max_bytes=4 * MIB, max_age_s=3600.0, clock_step_s=None)
+    with kvstore.open(path, "w", settings=wanted) as store:
+        assert store.settings == wanted
+    with kvstore.open(path, "w") as store:
+        assert store.set(max_age_s=None) == wanted._replace(max_age_s=None)
+        put(store, range(100))
+    assert used(path) <= 4 * MIB
+    with kvstore.open(path) as store:
+        assert store.settings == wanted._replace(max_age_s=None)
+
+
+def test_a_full_store_that_is_to_stop_stops_and_goes_on_with_room(path):
+    options = Settings(max_bytes=3 * MIB, when_full="stop")
+    with kvstore.open(path, "w", settings=options) as store:
+        with pytest.raises(DiskFull, match=r"full by its own limit: .*kvstore set"):
+            put(store, range(100))
+        kept = numbers_in(store)
+        assert kept == list(range(len(kept)))
+        assert 20 < len(kept) < 40
+        assert used(path) <= 3 * MIB
+        store.set(max_bytes=20 * MIB)
+        store.flush()  # what was waiting
+        assert numbers_in(store) == list(range(len(kept) + 1))
+        assert store.gaps() == ()
+
+
+def test_when_only_pinned_segments_are_left_writing_stops(path):
+    with kvstore.open(path, "w", settings=Settings(max_bytes=3 * MIB)) as store:
+        pin = store.pin(0, 1e9, "all of it", unit="s")
+        with pytest.raises(DiskFull, match="kvstore unpin"):
+            put(store, range(100))
+        count = len(numbers_in(store))
+        store.unpin(pin)
+        store.flush()
+        put(store, range(count + 1, 100))
+        assert numbers_in(store)[-1] == 99
+        assert used(path) <= 3 * MIB
+
+
+def test_pinned_segments_stay_and_the_others_go(path):
+    with kvstore.open(path, "w", settings=Settings(max_bytes=8 * MIB)) as store:
+        put(store, range(10))
+        store.pin(3.0, 4.5, "door opened")
+        store.pin(60.0, 61.0, "to come")
+        put(store, range(10, 250))
+        found = numbers_in(store)
+        assert {3, 4, 60, 61} <= set(found)
+        assert not {20, 40, 120} & set(found)
+        assert found[-20:] == list(range(230, 250))
+        assert [pin.label for pin in store.pins()] == ["door opened", "to come"]
+        assert dropped_rows(store) + len(store["s"]) == 250 * ROWS
+    with kvstore.open(path, "w") as store:
+        for pin in store.pins():
+            store.unpin(pin.pin_id)
+        put(store, range(250, 330))
+        assert min(numbers_in(store)) > 200
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_space_is_left_on_the_disk(path, monkeypatch, drops):
+    """As the disk fills with other things, the oldest segments go, or writing stops."""
+    others = 0
+    monkeypatch.setattr(Layout, "free_bytes", lambda self: 8 * MIB - used(self.path) - others)
+    when_full = "" if drops else "stop"
+    options = Settings(min_free_bytes=2 * MIB, when_full=when_full)
+    with kvstore.open(path, "w", settings=options, **TINY) as store:
+        put(store, range(40))
+        others = 3 * MIB  # now it keeps a byte over 3 MiB
+        if drops:
+            put(store, range(40, 80))
+            assert used(path) <= 3 * MIB
+            assert numbers_in(store)[-1] == 79
+        else:
+            with pytest.raises(DiskFull, match="to be left"):
+                put(store, range(40, 80))
+            assert numbers_in(store)[:40] == list(range(40))
+            others = 0
+            store.flush()
+
+
+# ---- age ----
+
+
+def test_old_segments_go_even_when_no_rows_come(path):
+    with kvstore.open(path, "w", settings=Settings(max_age_s=0.8)) as store:
+        put(store, range(3))
+        deadline = time.monotonic() + 30
+        while len(store["s"]):  # sealed at an eighth of the age, gone a while later
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert dropped_rows(store) == 3 * ROWS
+        put(store, [3])
+        assert numbers_in(store) == [3]
+
+
+def test_data_time_does_not_matter_for_age(path):
+    """A stray stamp in the far future pins nothing."""
+    with kvstore.open(path, "w", settings=Settings(max_age_s=0.5)) as store:
+        store.stream("s").append({**content(1), "time": np.full(ROWS, 9e9)})
+        store.flush()
+        deadline = time.monotonic() + 30
+        while len(store["s"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("years", [-50, 50])
+def test_a_clock_that_jumps_while_writing_drops_nothing(path, monkeypatch, years):
+    """A device without a battery wakes in 1970, and is set right a while later."""
+    real, shift_ns = time.time_ns, 0
+    monkeypatch.setattr(time, "time_ns", lambda: real() + shift_ns)
+    with kvstore.open(path, "w", settings=Settings(max_age_s=86400.0), **TINY) as store:
+        put(store, range(5))
+        shift_ns = years * 365 * 86400 * 10**9
+        put(store, range(5, 10))
+        assert numbers_in(store) == list(range(10))
+        (gap,) = store.gaps()
+        assert gap.kind == ("clock_ahead" if years > 0 else "clock_back")
+        assert "this machine's clock was set by" in gap.detail
+    if years < 0:
+        with kvstore.open(path, "w") as store:  # still in 1976
+            put(store, range(10, 12))
+            assert numbers_in(store) == list(range(12))
+
+
+def test_time_between_sessions_counts(path, monkeypatch):
+    real = time.time_ns
+    with kvstore.open(path, "w", settings=Settings(max_age_s=86400.0), **TINY) as store:
+        put(store, range(5))
+    monkeypatch.setattr(time, "time_ns", lambda: real() + 2 * 86400 * 10**9)
+    with kvstore.open(path, "w") as store:
+        put(store, [5])
+        found = numbers_in(store)
+        assert found[-1] == 5
+        assert 0 not in found
+
+
+# ---- drop --before ----
+
+
+def test_drop_goes_by_data_time_and_says_what_it_kept(path):
+    with kvstore.open(path, "w", **TINY) as store:
+        put(store, range(20))
+        store.pin(2.5, 2.5, "door")
+        whole = used(path)
+        done = store.drop(10.0)
+        assert {5, 8} & set(numbers_in(store)) == set()
+        assert {2, *range(10, 20)} <= set(numbers_in(store))
+        assert done["rows"] == 20 * ROWS - len(store["s"])
+        assert done["bytes"] == pytest.approx(whole - used(path), rel=0.1)
+        assert any(kept["why"] == "pinned: door" for kept in done["kept"])
+        assert store.drop(10.0)["segments"] == 0
+        assert store.drop(1e6)["rows"] > 0  # the active one, too, as all of it is older
+        assert set(numbers_in(store)) <= {2, 3}
+        put(store, [30])
+        assert numbers_in(store)[-1] == 30
+
+
+def test_all_streams_go_together(path):
+    with kvstore.open(path, "w", **TINY) as store:
+        for number in range(20):
+            store.stream("other").append({"time": 100.0 + number, "v": number})
+            put(store, [number])
+        assert store.drop(50.0)["segments"] == 0  # each holds rows of the other stream
+        kept = store.drop(50.0)["kept"]
+        assert {each["why"] for each in kept[:-1]} == {"it holds later rows"}
+        assert store.drop(110.0)["segments"] > 3
+        assert {gap.stream for gap in store.gaps()} == {"s", "other"}
+
+
+def test_a_stream_that_lost_all_its_rows_goes_on(path):
+    with kvstore.open(path, "w", **TINY) as store:
+        put(store, range(3))
+        store.drop(1e6)
+        assert len(store["s"]) == 0
+        assert store["s"].first() is None
+        put(store, range(3, 5))
+        assert numbers_in(store) == [3, 4]
+    with kvstore.open(path) as store:
+        assert numbers_in(store) == [3, 4]
+        assert store.info().streams[0].rows == 2 * ROWS
+
+
+# ---- readers ----
+
+
+def test_a_reader_inside_a_dropped_segment_finishes_what_it_holds(path):
+    with kvstore.open(path, "w", **TINY) as store, kvstore.open(path) as reader:
+        store.stream("s").append(content(0))
+        store.stream("s").append(content(1))
+        store.flush()
+        put(store, range(2, 12))
+        batches = reader["s"].read()
+        first = next(batches)
+        store.drop(1e6)
+        assert reader.info().streams[0].rows == 0  # it sees the drop, too
+        rest = list(batches)  # no error: what was not begun is gone
+        assert first["row"][0] == 0
+        assert all(len(batch["row"]) == ROWS for batch in rest)
+        assert len(rest) < 11
+
+
+def test_dropped_segments_are_not_kept_open(path):
+    """Else their space would not be free."""
+    with kvstore.open(path, "w", settings=Settings(max_bytes=3 * MIB)) as store:
+        put(store, range(2))
+        assert numbers_in(store) == [0, 1]  # opened for reading in the writing process
+        for number in range(2, 100):
+            store.stream("s").append(content(number))
+        store.flush()
+        store.drop(1.0)  # waits until the removal before is done
+        with kvstore.open(path) as reader:
+            assert len(numbers_in(reader)) > 5
+            store.set(max_age_s=1e9)
+        files = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+        assert not [name for name in files if name.endswith(".mdb (deleted)")]
+
+
+# ---- crashes between record and removal ----
+
+
+def test_a_drop_cut_short_is_finished_at_the_next_opening(path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Layout, "remove", lambda *_: None)
+        with kvstore.open(path, "w", **TINY) as store:
+            put(store, range(10))
+            before = len(list(path.glob("segments/*.mdb")))
+            store.drop(5.0)
+            assert len(list(path.glob("segments/*.mdb"))) == before
+    with kvstore.open(path) as reader:
+        expected = numbers_in(reader)
+    kvstore.open(path, "w").close()
+    assert len(list(path.glob("segments/*.mdb"))) < before
+    with kvstore.open(path) as reader:
+        assert numbers_in(reader) == expected
+
+
+def test_nothing_is_removed_before_the_drop_is_durable(path, monkeypatch):
+    removed = []
+    real = Layout.remove
+
+    def remove(self, numbers):
+        numbers = list(numbers)
+        for number in numbers:
+            with kvstore.open(path) as reader:
+                assert number not in reader.state().sealed
+        removed.extend(numbers)
+        real(self, numbers)
+
+    monkeypatch.setattr(Layout, "remove", remove)
+    with kvstore.open(path, "w", **TINY) as store:
+        put(store, range(10))
+        store.drop(5.0)
+    assert removed
+
+
+def test_a_change_in_the_middle_of_a_failed_roll_is_not_lost(path, monkeypatch):
+    """The next segment is there by its name already, and carries what was before."""
+
+    def fail(folder):
+        raise OSError(5, "a bad disk")
+
+    with kvstore.open(path, "w", **TINY) as store:
+        put(store, [0])
+        with monkeypatch.context() as patch:
+            patch.setattr(layout, "sync_folder", fail)
+            put(store, [1])
+            with pytest.raises(StoreError):
+                store.pin(0.0, 1.0, "now")
+        assert store.pin(0.0, 1.0, "later") == 1
+        put(store, [2])
+    with kvstore.open(path) as store:
+        assert [pin.label for pin in store.pins()] == ["later"]
+        assert numbers_in(store) == [0, 1, 2]
+
+
+# ---- sessions ----
+
+
+CRASH = """
+    import os, sys
+    import numpy as np
+    import kvstore
+    store = kvstore.open(sys.argv[1], "w", flush_interval_s=0.25)
+    store.stream("s").append({"time": 1.5, "v": 1})
+    store.flush()
+    print(store.info().last_commit_ns, flush=True)
+    store.stream("s").append({"time": 2.5, "v": 2})
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_an_unclean_stop_is_recorded_with_the_last_durable_time(path):
+    with start(CRASH, path) as child:
+        durable_ns = int(child.stdout.read())
+    assert child.returncode == -9
+    for _ in range(2):  # once, however often it is opened
+        with kvstore.open(path, "w") as store:
+            (gap,) = store.gaps()
+            assert (gap.kind, gap.start_ns) == ("unclean_stop", durable_ns)
+            assert "within 0.25 s" in gap.detail
+            assert time.time_ns() >= gap.stop_ns >= durable_ns
+
+
+def test_a_closed_store_has_no_such_gap(path):
+    for number in range(3):
+        with kvstore.open(path, "w") as store:
+            put(store, [number])
+    with kvstore.open(path) as store:
+        assert store.gaps() == ()
+        assert store.state().session.closed_ns
+
+
+# ---- asked by other processes ----
+
+
+WRITER = """
+    import sys, time
+    import numpy as np
+    import kvstore
+    with kvstore.open(sys.argv[1], "w", segment_bytes=64 << 10) as store:
+        for number in range(10):
+            noise = np.random.default_rng(number).random((500, 20))
+            rows = np.arange(number * 500, number * 500 + 500)
+            store.stream("s").append({"time": rows / 500, "row": rows, "noise": noise})
+            store.flush()
+        print("ready", flush=True)
+        sys.stdin.read()
+"""
+
+
+def test_others_can_set_pin_drop_and_unpin_while_a_process_writes(path):
+    with start(WRITER, path, stdin=subprocess.PIPE) as child:
+        assert child.stdout.readline() == "ready\n"
+        assert kvstore.configure(path, max_bytes=9 * MIB).max_bytes == 9 * MIB
+        pin = kvstore.pin(path, 2.5, 2.5, "door")
+        done = kvstore.drop(path, 5.0)
+        assert done["segments"] >= 2
+        with pytest.raises(StoreError, match="no pin 77: there are 1"):
+            kvstore.unpin(path, 77)
+        with kvstore.open(path) as reader:
+            assert reader.settings.max_bytes == 9 * MIB
+            assert reader.pins()[0].label == "door"
+            assert set(numbers_in(reader)) >= {2, 5, 6, 7, 8, 9}
+            assert 1 not in numbers_in(reader)
+        kvstore.unpin(path, pin)
+        assert list((path / "requests").iterdir()) == []
+        child.stdin.close()
+    assert child.returncode == 0
+
+
+def test_the_same_without_a_writer(path):
+    with kvstore.open(path, "w", **TINY) as store:
+        put(store, range(10))
+    pin = kvstore.pin(path, 2.5, 2.5, "door")
+    kvstore.drop(path, 5.0)
+    kvstore.unpin(path, pin)
+    assert kvstore.configure(path, max_age_s=7.0).max_age_s == 7.0
+    assert not (path / "requests").exists()
+    with kvstore.open(path) as reader:
+        assert 1 not in numbers_in(reader)
+
+
+def test_a_request_outlives_both_processes_and_is_done_once(path):
+    with kvstore.open(path, "w", **TINY) as store:
+        put(store, range(3))
+    asked = {"start_ns": 0, "stop_ns": 10**9, "label": "door"}
+    posted = requests.post(Layout(path), "pin", asked)
+    kept = posted.read_bytes()
+    kvstore.open(path, "w").close()
+    assert requests.claim(posted) == (False, {"pin_id": 1, "pinned_segments": 2})
+    posted.write_bytes(kept)  # as a crash between commit and reply would leave it
+    kvstore.open(path, "w").close()
+    assert requests.claim(posted)[1]["pin_id"] == 1
+    with kvstore.open(path) as store:
+        assert len(store.pins()) == 1
+
+
+@pytest.mark.parametrize("hostile", [b"", b"\x00" * 100, b"garbage", b"x" * (1 << 17), "link"])
+def test_what_is_no_request_is_answered_and_does_no_harm(path, hostile):
+    kvstore.open(path, "w").close()
+    folder = path / "requests"
+    folder.mkdir()
+    file = folder / "1.request"
+    if hostile == "link":
+        file.symlink_to("/dev/zero")
+    else:
+        file.write_bytes(hostile)
+    with kvstore.open(path, "w") as store:
+        put(store, range(2))
+    is_error, text = requests.claim(file)
+    assert is_error
+    assert "request 1" in text
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "arguments"),
+    [("rm", {}), ("set", {"max_bytes": 1}), ("set", {"color": 1}), ("pin", {}), ("unpin", {"x": 1}),
+     ("pin", {"start_ns": 2, "stop_ns": 1}), ("set", {"max_age_s": float("nan")}),
+     ("set", {"when_full": "explode"}), ("set", {"max_bytes": "many"})],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(path, what, arguments):
+    with kvstore.open(path, "w") as store:
+        before = store.state()
+        with pytest.raises(StoreError):
+            store.writer().perform(what, arguments)
+        put(store, [0])
+        assert store.settings == before.settings
+
+
+def test_bad_settings_make_no_store(path):
+    with pytest.raises(StoreError, match="max_bytes=5"):
+        kvstore.open(path, "w", settings=Settings(max_bytes=5))
+    assert not path.exists()
+
+
+# ---- the command line ----
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "kvstore", *map(str, arguments)],
+        capture_output=True, text=True, check=False, cwd=ROOT, timeout=60,
+    )  # fmt: skip
+
+
+def test_the_commands(path):
+    with kvstore.open(path, "w", **TINY) as store:
+        put(store, range(10))
+    done = command("set", path, "--max-bytes", "80MB", "--max-age", "7d", "--json")
+    assert json.loads(done.stdout) | {"max_bytes": 80_000_000, "max_age_s": 604800.0} == json.loads(
+        done.stdout
+    )
+    assert "max_age_s\tnone" in command("set", path, "--max-age", "none").stdout
+    pin = command("pin", path, "--start", "2.5", "--stop", "2.5", "--label", "door opened")
+    assert pin.stdout == "1\n"
+    done = command("drop", path, "--before", "1970-01-01T00:00:05")
+    assert done.stdout == ""
+    assert "Dropped" in done.stderr
+    assert "pinned: door opened" in done.stderr
+    gaps = command("gaps", path).stdout.split("\t")
+    assert gaps[2:4] == ["dropped", "s"]
+    (gap,) = json.loads(command("gaps", path, "--json").stdout)
+    assert gap["rows"] == int(gaps[4]) > 0
+    assert command("unpin", path, "1").returncode == 0
+    assert command("unpin", path, "1").returncode == 1
+    assert command("pin", path).returncode == 2
+    assert command("set", path, "--max-bytes", "lots").returncode == 2
+    assert command("set", path.with_name("none.kv"), "--max-age", "1d").returncode == 1
+    assert not path.with_name("none.kv").exists()
+
+
+# ---- the decisions, without a disk ----
+
+
+def state_of(sizes):
+    state = State(b"", len(sizes) + 1, 0)
+    for number, size in enumerate(sizes, start=1):
+        state.sealed[number] = Sealed(number, size, number, {}, number)
+    return state
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 5 * MIB), max_size=12),
+    limit=st.integers(2 * MIB, 30 * MIB),
+    needed=st.integers(0, 5 * MIB),
+    stop=st.booleans(),
+)
+def test_a_plan_drops_from_the_oldest_no_more_than_it_takes(sizes, limit, needed, stop):
+    state = state_of(sizes)
+    state.settings = Settings(max_bytes=limit, when_full="stop" if stop else "")
+    plan = retention.plan(state, retention.Sizes(0, needed, 0, 0))
+    assert list(plan.drop) == list(range(1, len(plan.drop) + 1))
+    left = sum(sizes[len(plan.drop) :]) + needed
+    beside = retention._BESIDE_BYTES
+    if not plan.missing:
+        assert left <= limit - beside
+    elif stop:
+        assert sum(sizes) + needed > limit - beside
+    else:
+        assert len(plan.drop) == len(sizes)
+        assert needed > limit - beside
+    if stop:
+        assert plan.drop == ()
+    elif plan.drop:  # the last one had to go
+        early = (limit - beside) - (limit - beside) // 16
+        assert left + sizes[len(plan.drop) - 1] > early
+
+
+def test_segment_sizes_suit_the_limit():
+    size = retention.segment_bytes
+    assert size(Settings(), None) == 2 << 30
+    assert size(Settings(max_bytes=800 * 10**9), None) == 2 << 30
+    assert size(Settings(max_bytes=16 << 30), None) == 1 << 30
+    assert size(Settings(max_bytes=512 << 20), None) == 64 << 20
+    assert size(Settings(max_bytes=64 << 20), None) == 16 << 20
+    assert size(Settings(max_bytes=64 << 20), 1 << 30) == 16 << 20
+    assert size(Settings(max_bytes=64 << 20), 1 << 20) == 1 << 20
+    assert size(Settings(), 1 << 20) == 1 << 20
+
+
+def test_age_is_that_of_the_store_s_own_clock():
+    state = state_of([1, 1, 1])
+    state = replace(state, settings=Settings(max_age_s=1.0))
+    assert retention.aged(state, 10**9 + 2) == [1]
+    assert retention.aged(state, 10**9 + 1) == []
