@@ -3,8 +3,9 @@
 A writer at full speed under a limit of size; a follower that keeps up and one that retention
 overtakes; verify at a capped rate, over and over; ranges pinned and unpinned. Every row has a
 running number. What must hold: no row lost that no gap accounts for, none twice, no damage, every
-pinned row kept, the size limit never exceeded, no space held by dropped segments, no process
-that grows. Exit codes: 0 all of that holds, 1 it does not or a process failed, 2 wrong usage.
+pinned row kept, the size limit never exceeded, no process that grows. Reported besides: latency,
+stalls, and for how much of the time each process held the space of a dropped segment. Exit codes:
+0 all of that holds, 1 it does not or a process failed, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Samples(threading.Thread):
             "seconds": [],
             "disk_bytes": [],
             "held_bytes": [],
-            **{f"{name}_anon_bytes": [] for name in pids},
+            **{f"{name}_{what}": [] for name in pids for what in ("anon_bytes", "held_bytes")},
         }
 
     def run(self) -> None:
@@ -112,9 +113,12 @@ class Samples(threading.Thread):
         while not self._done.wait(SAMPLE_S):
             self._add("seconds", round(time.monotonic() - begun_s, 2))
             self._add("disk_bytes", _used_bytes(self._store))
-            self._add("held_bytes", sum(_held(self._pids.values()).values()))
+            all_held: dict[int, int] = {}
             for name, pid in self._pids.items():
+                all_held |= (held := _held(pid))
+                self._add(f"{name}_held_bytes", sum(held.values()))
                 self._add(f"{name}_anon_bytes", anon_bytes(pid) or 0)
+            self._add("held_bytes", sum(all_held.values()))
 
     def end(self) -> dict[str, list[float]]:
         """Stop, and give what was seen."""
@@ -173,16 +177,15 @@ def _used_bytes(store: Path) -> int:
     return used
 
 
-def _held(pids: Any) -> dict[int, int]:
-    """Dropped segments that some process has open, by inode: bytes that are not free yet."""
+def _held(pid: int) -> dict[int, int]:
+    """Dropped segments that a process has open, by inode: bytes that are not free yet."""
     held: dict[int, int] = {}
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            for link in Path(f"/proc/{pid}/fd").iterdir():
-                with contextlib.suppress(OSError):
-                    if str(link.readlink()).endswith(".mdb (deleted)"):
-                        found = link.stat()
-                        held[found.st_ino] = found.st_blocks * 512
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if str(link.readlink()).endswith(".mdb (deleted)"):
+                    found = link.stat()
+                    held[found.st_ino] = found.st_blocks * 512
     return held
 
 
@@ -211,7 +214,7 @@ def _figures(
             "max_bytes": plan.max_bytes,
             "used_bytes_max": max(samples["disk_bytes"]),
             "held_bytes_max": max(samples["held_bytes"]),
-            "held_bytes_mean": float(np.mean(samples["held_bytes"])),
+            "held_share": {role: _held_share(samples, role) for role in ROLES},
         },
         "anon_mb": {role: _memory(samples, role) for role in ROLES},
     }
@@ -269,6 +272,11 @@ def _memory(samples: dict[str, list[float]], role: str) -> dict[str, float]:
         "first_half_max": max(seen[:half], default=0) / 1e6,
         "second_half_max": max(seen[half:], default=0) / 1e6,
     }
+
+
+def _held_share(samples: dict[str, list[float]], role: str) -> float:
+    """Of all looks at a process, those at which it held the space of a dropped segment."""
+    return round(float(np.mean(np.array(samples[f"{role}_held_bytes"]) > 0)), 3)
 
 
 def _broken(plan: Plan, figures: dict[str, Any]) -> list[str]:

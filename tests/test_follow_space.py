@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import ROOT, run
+from stores import ROOT, run, start
 from test_follow import (
     BATCH_ROWS,
     append,
@@ -20,6 +20,7 @@ from test_follow import (
     command,
     drained,
     filled,
+    number_of,
     numbers_of,
     segments_of,
 )
@@ -74,11 +75,11 @@ def test_a_caller_that_sits_on_a_batch_holds_at_most_the_segment_it_came_from(br
 
 
 def test_the_command_lets_go_of_dropped_segments_while_its_reader_is_stuck(broken_path):
-    written(broken_path, 0, 900)
+    written(broken_path, 0, 350)
     with command("read", broken_path, "--follow") as child:
-        child.stdout.read(4)  # it has begun; 3.5 MB do not fit into the pipe
+        child.stdout.read(4)  # it has begun; 1.5 MB do not fit into the pipe
         time.sleep(0.2)
-        written(broken_path, 900, 960)
+        written(broken_path, 350, 390)
         drop_sealed(broken_path)
         deadline = time.monotonic() + 30
         while deleted_but_open(child.pid):
@@ -86,6 +87,87 @@ def test_the_command_lets_go_of_dropped_segments_while_its_reader_is_stuck(broke
             time.sleep(0.05)
         assert child.poll() is None
         child.kill()
+
+
+# ---- retention ----
+
+KEPT_BYTES = 2 << 20  # of the store under its limit; a batch is 4 kB
+LIMITED = """
+    import sys
+    sys.path.insert(0, sys.argv[1] + "/tests")
+    from test_follow import append
+    import kvstore
+    settings = kvstore.Settings(max_bytes=int(sys.argv[3]))
+    with kvstore.open(sys.argv[2], "w", segment_bytes=256 << 10, settings=settings) as store:
+        append(store, range(*map(int, sys.argv[4:])))
+"""
+
+
+def test_retention_that_overtakes_a_follower_is_one_gap_with_the_right_count(path):
+    run(LIMITED, ROOT, path, KEPT_BYTES, 0, 3)
+    gaps = []
+    with kvstore.open(path) as store:
+        follower = store["s"].follow(on_gap=gaps.append)
+        found = numbers_of([next(iter(follower))])
+        run(LIMITED, ROOT, path, KEPT_BYTES, 3, 700)  # while its caller sits on the batch
+        (dropped,) = [gap for gap in store.gaps() if gap.kind == "dropped"]
+        found += numbers_of(drained(store["s"], follower.cursor, on_gap=gaps.append))
+        (gap,) = gaps
+        assert gap.stop == dropped.occurrences, "the store counts the same batches"
+        assert sorted([*found, *range(gap.first, gap.stop)]) == list(range(700))
+        assert f"{gap.stop - gap.first} batches" in str(gap)
+        assert deleted_but_open() == set()
+
+
+def test_a_follower_beside_a_writer_under_its_limit_accounts_for_every_batch(path):
+    """Slow at times: some is dropped under its hands, in whatever state of its work."""
+    kvstore.open(path, "w").close()
+    seen = []
+
+    def gone(gap):
+        seen.extend([None] * (gap.stop - gap.first))
+
+    with start(LIMITED, ROOT, path, KEPT_BYTES, 0, 1500) as writer, kvstore.open(path) as store:
+        while "s" not in store:
+            time.sleep(0.01)
+        for each in store["s"].follow(stop=lambda: len(seen) == 1500, on_gap=gone):
+            assert number_of(each.batch) == len(seen), "lost, or twice"
+            seen.append(number_of(each.batch))
+            if len(seen) % 300 == 1:
+                time.sleep(0.3)
+        assert deleted_but_open() == set()
+        assert writer.wait(60) == 0
+
+
+def test_the_command_reports_the_gap_once_and_exits_with_3(path, tmp_path):
+    run(LIMITED, ROOT, path, KEPT_BYTES, 0, 3)
+    kept = tmp_path / "cursor"
+    arguments = ["read", path, "--follow", "--cursor-file", kept, "--fields", "v"]
+    with command(*arguments, "--format", "csv") as child:
+        child.stdout.readline()
+        wait_for(lambda: kept.exists() and Cursor.parse(kept.read_text()).sequence == 3)
+        child.terminate()
+        child.communicate(timeout=60)
+        assert child.returncode == 0
+    run(LIMITED, ROOT, path, KEPT_BYTES, 3, 60)
+    kvstore.drop(path, before="2001-01-01")  # all there is: no batch comes behind the gap
+    with command(*arguments, stdout=subprocess.DEVNULL) as child:
+        wait_for(lambda: Cursor.parse(kept.read_text()).sequence == 60)
+        child.terminate()
+        err = child.stderr.read().decode()
+    assert child.returncode == 3
+    assert err.count("\n") == 1
+    assert "57 batches, 3 to 59 by sequence, are not in the store any more: dropped" in err
+
+
+def wait_for(is_so):
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# ---- other files under its name ----
 
 
 def test_a_store_made_anew_under_a_follower_is_said_not_waited_on(broken_path):

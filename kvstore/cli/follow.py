@@ -89,7 +89,7 @@ class Following:
             stop=stop,
             on_damage=self._report,
             on_gap=self._report,
-            sleep=self._wait,
+            sleep=lambda seconds: self._wait(follower.cursor, seconds),
         )
         self._note(follower.cursor)  # begun at the end, it goes on from there next time
         for cursor, batch in follower:
@@ -97,7 +97,8 @@ class Following:
             sys.stdout.buffer.flush()
             self._note(cursor)
 
-    def _wait(self, seconds: float) -> None:
+    def _wait(self, cursor: Cursor, seconds: float) -> None:
+        self._note(cursor)  # behind what was passed over, too: a gap is told once
         self._save()
         time.sleep(seconds)
 
