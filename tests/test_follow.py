@@ -461,42 +461,6 @@ def test_kill_9_of_a_follower_repeats_a_little_and_loses_nothing(path, tmp_path)
     assert set(seen) == set(range(400))
 
 
-COPIER = """
-    import sys
-    import kvstore
-    source, target = sys.argv[2:4]
-    with kvstore.open(source) as store, kvstore.open(target, "w", segment_bytes=64 << 10) as copy:
-        text = copy.marks.get("cursor")
-        begin = kvstore.Cursor.parse(text) if text else "start"
-        print("open", flush=True)
-        for cursor, batch in store["s"].follow(begin):
-            copy.stream("s").append(batch, marks={"cursor": str(cursor)})
-"""
-
-
-def test_a_receiver_that_commits_the_cursor_with_the_rows_gets_them_exactly_once(path, tmp_path):
-    filled(path, 1)
-    copy_path = tmp_path / "copy.kv"
-    chance = random.Random(1)
-    with start(WRITER, ROOT, path, 1, 300, 3) as writer:
-        while writer.poll() is None:
-            with start(COPIER, ROOT, path, copy_path) as copier:
-                assert copier.stdout.readline() == "open\n"
-                time.sleep(chance.random() * 0.4)
-                copier.kill()
-    with start(COPIER, ROOT, path, copy_path) as copier:
-        with kvstore.open(path) as store:
-            rows = len(store["s"])
-        deadline = time.monotonic() + 60
-        while rows_in(copy_path) < rows:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        copier.kill()
-    with kvstore.open(copy_path) as copy:
-        found = np.concatenate([each.batch["v"] for each in drained(copy["s"])])
-    assert np.array_equal(np.sort(found), np.arange(300 * BATCH_ROWS))
-
-
 def rows_in(path):
     try:
         with kvstore.open(path) as store:
