@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from stores import ROOT, start
+from test_forks import in_child
 
 import kvstore
 from kvstore import Cursor, CursorError, CursorFile, DamageError, GapError, environment
 from kvstore.follow import Follower, Source
+from kvstore.segment import Segment
 
 TINY = {"segment_bytes": 64 << 10}
 BATCH_ROWS = 50
@@ -353,6 +355,78 @@ def test_a_damaged_batch_is_reported_and_passed_over(broken_path):
         assert "field 'noise'" in str(seen[0])
         with pytest.raises(DamageError):
             drained(store["s"])
+
+
+def test_what_looks_damaged_while_a_writer_begins_is_looked_at_twice(path, monkeypatch):
+    """Read without a lock file: the writer has written over what the transaction showed."""
+    filled(path, 1)
+    fetch, looks = Segment.fetch, []
+
+    def fetch_torn_once(self, *args, **options):
+        looks.append(1)
+        if len(looks) == 1:
+            raise DamageError("torn")
+        return fetch(self, *args, **options)
+
+    monkeypatch.setattr(Segment, "fetch", fetch_torn_once)
+    with kvstore.open(path) as store:
+        assert numbers_of(drained(store["s"])) == [0]
+
+
+def test_a_hundred_streams_are_followed_at_once(path):
+    """Each by a thread, over rolls; every batch of every stream once, in order."""
+    count, batches = 100, 6
+    seen = {f"s{n}": [] for n in range(count)}
+
+    def follow(name):
+        for each in reader[name].follow(poll_s=0.1, stop=lambda: len(seen[name]) == batches):
+            seen[name].append(number_of(each.batch))
+
+    with kvstore.open(path, "w", flush_interval_s=None, **TINY) as store:
+        for name in seen:
+            store.stream(name).append(batch_of(0))
+        store.flush()
+        with kvstore.open(path) as reader:
+            threads = [threading.Thread(target=follow, args=[name]) for name in seen]
+            for thread in threads:
+                thread.start()
+            for number in range(1, batches):
+                for name in seen:
+                    store.stream(name).append(batch_of(number))
+                store.flush()
+            for thread in threads:
+                thread.join(60)
+    assert set(map(tuple, seen.values())) == {tuple(range(batches))}
+
+
+def test_one_sync_serves_all_who_follow(path, monkeypatch):
+    synced, sync = [], os.fdatasync
+    with kvstore.open(path, "w") as store:
+        append(store, [0], "s")
+        append(store, [1], "t")
+        monkeypatch.setattr(os, "fdatasync", lambda fd: synced.append(fd) or sync(fd))
+        for name in ("s", "t", "s"):
+            drained(store[name])
+        assert len(synced) == 1
+        append(store, [2], "s")
+        drained(store["s"])
+    assert len(synced) == 2
+
+
+def test_a_follower_is_refused_in_a_forked_child_and_goes_on_in_its_parent(path):
+    filled(path, 3)
+    with kvstore.open(path) as store:
+        batches = iter(store["s"].follow())
+        assert number_of(next(batches).batch) == 0
+
+        def child():
+            with pytest.raises(kvstore.StoreClosed, match="forked"):
+                store["s"].follow()
+            with pytest.raises(kvstore.StoreClosed, match="forked"):
+                list(batches)
+
+        assert in_child(child) == 0
+        assert [number_of(next(batches).batch) for _ in range(2)] == [1, 2]
 
 
 def test_a_waiting_follower_holds_no_file_but_the_active_segment(path):
