@@ -318,13 +318,16 @@ def open_environment(
     with _opened_lock:
         try:
             found = path.stat()
-        except FileNotFoundError:
+            key = (found.st_dev, found.st_ino)
+            environment = _opened.get(key)
+            if environment is None:
+                environment = _opened[key] = Environment(path, mode, writer, seen_writer)
+        except (FileNotFoundError, StoreError):
+            if path.exists():
+                raise
+            # Or dropped just now, between a look and the next.
             raise StoreFormatError(f"{path}: missing: restore it from a backup") from None
-        key = (found.st_dev, found.st_ino)
-        environment = _opened.get(key)
-        if environment is None:
-            environment = _opened[key] = Environment(path, mode, writer, seen_writer)
-        elif mode == "write" and environment.mode != "write":
+        if mode == "write" and environment.mode != "write":
             environment._reopen("write")  # noqa: SLF001
         environment._references += 1  # noqa: SLF001
         return environment
