@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
@@ -95,11 +95,7 @@ class Active:
         """Note that nothing was left behind, if need be with the last room there is."""
         session = self.state.session._replace(closed_ns=time.time_ns())
         with suppress(StoreError):
-            try:
-                self.change(session)
-            except DiskFull:
-                with self._reserve_released():
-                    self.change(session)
+            self.change(session)
 
     def close(self) -> None:
         """Close the files; nothing is committed."""
@@ -113,23 +109,24 @@ class Active:
         if not group:
             return
         if self._is_full():
-            self.roll()
+            self._with_room(self.roll)
         batches = [item.finished() for item in group if item.batch is not None]
         self._make_room(batches)
         group = [*group, *self._clock_step()]
-        while True:
-            try:
-                self._put(batches, group)
-            except DiskFull:
-                if not self._drop_for_room():
-                    raise
-            else:
-                break
+        self._with_room(lambda: self._put(batches, group))
         self.keep_in_order()
 
     def change(self, *changes: Change) -> None:
-        """Commit changes that bring no rows."""
-        self._put([], [Queued(change=change) for change in changes])
+        """Commit changes that bring no rows; if need be with the last room there is."""
+        group = [Queued(change=change) for change in changes]
+        try:
+            self._put([], group)
+        except DiskFull:
+            self.layout.release_reserve()
+            try:
+                self._put([], group)
+            finally:
+                self.layout.keep_reserve()
 
     def _put(self, batches: Sequence[EncodedBatch], group: Sequence[Queued]) -> None:
         if self._is_rolling:
@@ -178,15 +175,17 @@ class Active:
         if not retention.is_within(self.state, self._sizes(sizes.needed)):
             self._wait_for_unlinks()
 
-    def _drop_for_room(self) -> bool:
-        """On a full disk: drop the oldest segment, if that is wanted and there is one."""
-        oldest = next(retention.unpinned(self.state), None)
-        if oldest is None or not self.state.settings.drops_oldest:
-            return False
-        with self._reserve_released():
-            self.drop([oldest.number])
-            self._wait_for_unlinks()
-        return True
+    def _with_room(self, act: Callable[[], None]) -> None:
+        """Do it; on a full disk, where that is wanted, drop the oldest until it can be done."""
+        while True:
+            try:
+                return act()
+            except DiskFull:
+                oldest = next(retention.unpinned(self.state), None)
+                if oldest is None or not self.state.settings.drops_oldest:
+                    raise
+                self.drop([oldest.number])
+                self._wait_for_unlinks()
 
     def drop(self, numbers: Sequence[int]) -> None:
         """Record that these sealed segments are gone, durably; then remove them."""
@@ -210,14 +209,6 @@ class Active:
         if self._unlinker:
             self._unlinker.join()
             self._unlinker = None
-
-    @contextmanager
-    def _reserve_released(self) -> Iterator[None]:
-        self.layout.release_reserve()
-        try:
-            yield
-        finally:
-            self.layout.keep_reserve()
 
     # ---- rolling ----
 
@@ -249,9 +240,12 @@ class Active:
             totals={key: Totals(next_sequence=t.next_sequence) for key, t in old.totals.items()},
             sealed={**old.sealed, old.number: sealed},
         )
-        self._is_rolling = True  # until it is done, whatever fails in between
-        final = self.layout.roll(state, self._limit_bytes())
-        fresh = Segment.open(final, state.number, "write", state.store_id)
+        try:
+            final = self.layout.roll(state, self._limit_bytes())
+            fresh = Segment.open(final, state.number, "write", state.store_id)
+        except BaseException:  # once it has its name, readers take this one for sealed
+            self._is_rolling = self.layout.segment_path(state.number).exists()
+            raise
         self._segment.close()
         self._segment, self.state, self._is_rolling = fresh, state, False
         self._begun_ns = self._clock.now_ns()

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Final, Literal, NamedTuple, Self
 
 from kvstore import environment, retention
@@ -230,7 +230,8 @@ class Store:
     def gaps(self) -> tuple[Gap, ...]:
         """What is known to be missing or doubtful, in the order of its start."""
         state = self.state()
-        recorded = self._active.gaps().values()
+        with self._held_active() as active:
+            recorded = active.gaps().values()
         return tuple(sorted([*retention.dropped_gaps(state), *recorded], key=lambda g: g[1:3]))
 
     def note_gap(
@@ -277,12 +278,14 @@ class Store:
         """Streams, rows, bytes and spans; reads one record a segment and stream."""
         state = self.state()
         sizes = [sealed.file_bytes for sealed in state.sealed.values()]
+        with self._held_active() as active:
+            used_bytes = active.environment.used_bytes()
         return StoreInfo(
             self.path,
             state.store_id.hex(),
             tuple(_stats(state, info) for _, info in sorted(state.streams.items())),
             len(sizes) + 1,
-            sum(sizes) + self._active.environment.used_bytes(),
+            sum(sizes) + used_bytes,
             self._created_ns,
             state.last_commit_ns,
             dict(state.marks),
@@ -302,6 +305,16 @@ class Store:
                 self._state = self._active.state()
                 self._forget_dropped(self._state)
             return self._state
+
+    @contextmanager
+    def _held_active(self) -> Iterator[Segment]:
+        """The active segment, for as long as another thread may find it sealed and close it."""
+        with self._lock:
+            active = self._active.shared()
+        try:
+            yield active
+        finally:
+            active.close()
 
     def open_segment(self, number: int, *, keep: bool = True) -> Segment:
         """A segment's handle; the caller closes it.

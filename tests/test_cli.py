@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -733,7 +734,7 @@ def test_python_m_kvstore_is_the_same_command(store):
 def test_the_command_line_loads_nothing_heavy_until_it_is_needed():
     code = "import sys, kvstore.cli; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    heavy = {"rich", "pydantic", "pandas", "asyncio"}
+    heavy = {"rich", "pydantic", "pandas", "asyncio", "matplotlib"}
     assert heavy.isdisjoint(name.partition(".")[0] for name in done.stdout.split())
 
 
@@ -746,3 +747,88 @@ def test_sizes_are_read_as_people_write_them(text, size):
     from kvstore.cli.options import size_bytes  # noqa: PLC0415
 
     assert size_bytes(text) == size
+
+
+# ---- pictures ----
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"), [("a.png", b"\x89PNG\r\n"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")]
+)
+def test_plot_writes_what_the_name_says(store, here, tmp_path, name, begin):
+    done = here("plot", store, "-o", tmp_path / name, "--fields", "spectral", "--last", "50ms")
+    assert (done.code, done.out) == (0, b"")
+    assert f"Drawn to {tmp_path / name}" in done.err
+    assert (tmp_path / name).read_bytes().startswith(begin)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_plot_sizes_a_picture_in_inches_and_dots(store, here, tmp_path):
+    file = tmp_path / "a.png"
+    done = here("plot", store, "-o", file, "--row", "-1", "--size", "5x4", "--dpi", "40")
+    assert done.code == 0
+    assert struct.unpack(">II", file.read_bytes()[16:24]) == (200, 160)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (["-o", "a.gif"], 2, "Name it .png, .svg, .pdf"),
+        (["-o", "a.png", "--size", "5"], 2, "width x height in inches"),
+        (["-o", "a.png", "--size", "0x3"], 2, "width x height in inches"),
+        (["-o", "a.png", "--percentiles", "5,101"], 2, "numbers from 0 to 100"),
+        (["-o", "a.png", "--last", "1s", "--start", START], 2, "--last goes without"),
+        (["-o", "a.png", "--row", "10000000"], 1, "no such row"),
+        (["-o", "a.png", "--fields", "nope"], 1, "no field 'nope'; there are"),
+        (["-o", "nowhere/a.png"], 1, "No such file or directory"),
+    ],
+)
+def test_plot_refuses_with_a_reason_and_leaves_nothing(store, here, tmp_path, case):
+    args, code, said = case
+    with contextlib.chdir(tmp_path):
+        try:
+            done = here("plot", store, *args)
+        except kvstore.KvstoreError as error:
+            done = Ran(1, b"", str(error))
+    assert (done.code, os.listdir(tmp_path)) == (code, [])
+    assert said in done.err
+
+
+def test_an_empty_range_makes_a_picture_too(store, here, tmp_path):
+    done = here("plot", store, "-o", tmp_path / "a.png", "--start", "2030-01-01")
+    assert done.code == 0
+    assert (tmp_path / "a.png").exists()
+
+
+# ---- info of gaps and pins ----
+
+
+def test_info_tells_of_gaps_pins_and_the_rate(tmp_path):
+    path = tmp_path / "s.kv"
+    with kvstore.open(path, "w") as store:
+        for n in range(30):
+            store.stream("room").append({"time": T0 + n * 10 + np.arange(10.0)})
+        store.note_gap("rejected", start_ns=10**18, stop_ns=10**18 + 10**9, detail="packet 7")
+        store.note_gap("dropped", "room", start_ns=10**18, stop_ns=10**18, rows=5)
+        store.pin(T0, T0 + 1, "door opened")
+        store.pin(None, T0)
+    found = json.loads(run("info", path, "--json").text)
+    assert found["gaps"]["count"] == {
+        "dropped": {"gaps": 1, "occurrences": 1, "rows": 5},
+        "rejected": {"gaps": 1, "occurrences": 1, "rows": 0},
+    }
+    assert {gap["detail"] for gap in found["gaps"]["newest"]} == {"", "packet 7"}
+    assert found["pins"][0]["label"] == "door opened"
+    assert found["pins"][0]["start"] == "2026-02-17T15:32:37+00:00"
+    assert found["pins"][1]["start"] is None
+    lines = [line.split("\t") for line in run("info", path).text.splitlines()]
+    assert ["gaps", "rejected", "1", "1", "0"] in lines
+    assert [line[:2] for line in lines if line[0] == "pin"] == [["pin", "1"], ["pin", "2"]]
+    shown = on_terminal("info", path, width=80)
+    assert shown.code == 0
+    assert re.search(r"gaps +1 dropped \(5 rows\), 1 rejected", shown.err)
+    assert "2026-02-17 15:32:37 to 15:32:38 UTC: door opened" in shown.err
+    assert "up to 2026-02-17 15:32:37 UTC" in shown.err
+    assert re.search(r"dropped room, 5 rows +2001-09-09 01:46:40 UTC", shown.err)
+    assert re.search(r"rate +█{40}  up to about 1/s", shown.err)
+    assert all(len(line) <= 80 for line in shown.err.splitlines())

@@ -254,3 +254,51 @@ def test_reading_works_on_a_full_disk(volume, path):
         assert rows_elsewhere(path) == 1000
         with kvstore.open(path) as store:
             check_rows(store, 1000)
+
+
+# ---- with retention ----
+
+
+def test_on_a_full_disk_the_oldest_go_where_that_is_wanted(volume, path):
+    """Even where others have taken all the room there is."""
+    options = kvstore.Settings(when_full="drop-oldest")
+    with kvstore.open(path, "w", settings=options, segment_bytes=256 << 10) as store:
+        for number in range(20):
+            store.stream("s").append(batch(1000 * number, 1000))
+            store.flush()
+        with ballast(volume, leaving=0):
+            for number in range(20, 60):
+                store.stream("s").append(batch(1000 * number, 1000))
+                store.flush()
+            found = np.concatenate([b["v"] for b in store["s"].read()])
+            assert found[-1] == 59_999
+            assert np.array_equal(np.diff(found), np.ones(len(found) - 1))
+            assert len(found) >= 10_000
+            assert rows_elsewhere(path) == len(found)
+            (gap,) = [gap for gap in store.gaps() if gap.kind == "dropped"]
+            assert gap.rows == found[0]
+    check_store(path)
+
+
+def test_a_clean_stop_on_a_full_disk_is_recorded(volume, path):
+    with kvstore.open(path, "w") as store, ballast(volume, leaving=0):
+        assert (path / "reserve").stat().st_blocks
+        store.close()
+    with kvstore.open(path, "w") as store:
+        assert store.gaps() == ()
+
+
+def test_pins_drops_and_settings_on_a_full_disk(volume, path):
+    """Each is durable when it returns, or refused with a clear error and without effect."""
+    with kvstore.open(path, "w", segment_bytes=64 << 10) as store:
+        for number in range(10):
+            store.stream("s").append(batch(1000 * number, 1000))
+            store.flush()
+        with ballast(volume, leaving=0):
+            pin = store.pin(0.0, 500.0, "door")
+            store.set(max_age_s=3600.0)
+            assert store.drop(5000.0)["segments"] > 0
+            store.unpin(pin)
+        assert store.settings.max_age_s == 3600.0
+        assert store["s"].first()["v"][0] == 0
+    check_store(path)

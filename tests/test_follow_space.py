@@ -297,6 +297,10 @@ def test_columns_stay_when_a_field_is_added_and_packets_gain_it(path):
         for child in (lines, packets):
             child.terminate()
             child.communicate(timeout=60)
+    with command(*rows) as late:  # its columns include one that the first batch cannot fill
+        out, err = late.communicate(timeout=60)
+    assert (late.returncode, out) == (1, b"")
+    assert b"kvstore: field 'doors' (int8) was added later" in err
 
 
 def packet_from(pipe):

@@ -36,7 +36,8 @@ FLOORS = (
     ("writer", "follow", "replay", "export"),
     ("stream",),
     ("store",),
-    ("control", "check", "verify", "salvage", "recover", "backup", "ingest", "plots"),
+    ("control", "check", "verify", "salvage", "recover", "backup", "ingest", "survey"),
+    ("plots",),
     ("telemetry", "dayfiles"),
     ("__init__",),
     ("cli",),
@@ -49,6 +50,7 @@ THIRD_PARTY = {
     "environment": {"lmdb"},
     "codec": {"numcodecs", "lz4", "xxhash", "msgpack"},
     "cli": {"typer", "rich"},
+    "plots": {"matplotlib"},
     "export": {"pyarrow", "pandas", "h5py", "zarr", "xarray", "torch"},
 }
 

@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 import typer
 
-from kvstore.cli import capture, check, export, limits, query, replay, stats
+from kvstore.cli import capture, check, export, limits, plot, query, replay, stats
 from kvstore.cli.terminal import FAILED, complain, open_standard_files
 from kvstore.errors import KvstoreError
 
@@ -66,6 +66,13 @@ app.command(
 app.command(
     "import", epilog=_examples("kvstore import run.kv run.parquet log.csv --time-field when")
 )(export.import_)
+app.command(
+    epilog=_examples(
+        "kvstore plot run.kv -o run.png --last 10s",
+        "kvstore plot run.kv -o particle.svg --row 17 --start 2026-02-17T15:32:37",
+        "kvstore plot lab.kv -o room.pdf --stream room --fields celsius --size 8x4",
+    )
+)(plot.plot)
 app.command(
     epilog=_examples(
         "kvstore verify run.kv",

@@ -67,7 +67,7 @@ class Following:
                 return
             schema = stream.schema
             selected = [schema.fields[schema.number(n)] for n in self._fields or schema.names]
-            if send is not send_packets:  # columns stay what they are when a field is added
+            if send is not send_packets:  # lines have the same columns from first to last
                 self._fields = [field.name for field in selected]
             try:
                 send(self._batches(stream, stop), selected, cast("BinaryIO", self._out))

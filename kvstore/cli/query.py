@@ -256,7 +256,7 @@ def start_of_last(stream: Stream, last_ns: int) -> Any:
 
 
 def _send(reading: Reading, format_: Format, output: Path | None, *, quietly: bool) -> None:
-    with row_progress(reading, wanted=not quietly), _opened(output) as file:
+    with row_progress(reading, wanted=not quietly), opened(output) as file:
         if format_ == "packets":
             send_packets(reading.batches(), reading.selected(), file)
         else:
@@ -275,7 +275,7 @@ def row_progress(reading: Reading, *, wanted: bool) -> Any:
 
 
 @contextmanager
-def _opened(output: Path | None) -> Iterator[BinaryIO]:
+def opened(output: Path | None) -> Iterator[BinaryIO]:
     """stdout, or a file that takes its name only once it is complete and on the disk."""
     if output is None or output == _STDOUT:
         yield sys.stdout.buffer
@@ -301,7 +301,7 @@ def _opened(output: Path | None) -> Iterator[BinaryIO]:
 
 def _summary(reading: Reading, output: Path | None) -> None:
     """What the brief's reader prints; reads every row to say how fast that goes."""
-    with _opened(output) as file:
+    with opened(output) as file:
         for line in _summary_lines(reading):
             file.write(f"{line}\n".encode())
 

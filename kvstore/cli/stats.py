@@ -1,9 +1,10 @@
-"""``kvstore info``: what a store holds; a table for people, lines for tools, JSON for programs."""
+"""``kvstore info``: what a store holds; tables for people, lines for tools, JSON for programs."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -12,9 +13,20 @@ import numpy as np
 import typer
 
 from kvstore import store as stores
+from kvstore.cli.limits import plain_gap
 from kvstore.cli.terminal import quiet_if_closed, size_text
-from kvstore.timestamps import format_time
+from kvstore.gaps import KINDS, Gap
+from kvstore.schema import Array
+from kvstore.settings import Pin
+from kvstore.survey import rate_unit, rough_rates
+from kvstore.timestamps import MAX_NS, MIN_NS, format_time
 
+_SPARK_BINS: Final = 40  # fits 80 columns
+_RATES_S: Final = 0.1  # for all streams together; then their summaries have to do
+_SPARKS: Final = " ▁▂▃▄▅▆▇█"
+_ASCII_SPARKS: Final = " .:-=+*#"  # for terminals without Unicode
+_GAPS_SHOWN: Final = 5
+_TO_THE_MS: Final = len("2026-02-17 15:32:37.250")
 _PER_STREAM: Final = ("rows", "first", "last", "batches", "raw_bytes", "stored_bytes", "ratio")
 
 
@@ -26,27 +38,42 @@ def info(
     """Show what a store holds.
 
     Streams with their fields, rows, time spans, bytes and ratios; segments, the last commit,
-    marks. Takes milliseconds at any size. A terminal gets tables, a pipe lines of words
-    separated by tabs.
+    marks, pins, gaps. Takes milliseconds at any size. A terminal gets tables, and about the
+    rate of each stream from its first row to its last, which may take 0.1 s; a pipe gets lines
+    of words separated by tabs.
     """
+    to_terminal = sys.stdout.isatty() and not as_json
     with stores.open_store(path) as store:
-        found = _plain(store.info())
+        found = _plain(store)
+        rates = _rates(store) if to_terminal else {}
     with quiet_if_closed():
         if as_json:
             print(json.dumps(found, indent=2, default=str))
-        elif sys.stdout.isatty():
-            _show_tables(found)
+        elif to_terminal:
+            _show_tables(found, rates)
         else:
             for words in _lines(found):
                 print("\t".join("" if word is None else str(word) for word in words))
 
 
+def _rates(store: stores.Store) -> dict[str, Array]:
+    until = time.perf_counter() + _RATES_S
+    return {
+        name: rough_rates(store[name], _SPARK_BINS, is_late=lambda: time.perf_counter() > until)
+        for name in store
+    }
+
+
 def _lines(found: dict[str, Any]) -> Iterator[list[Any]]:
     for key, value in found.items():
-        if key not in ("streams", "marks"):
+        if key not in ("streams", "marks", "pins", "gaps"):
             yield ["store", key, value]
     for name, value in found["marks"].items():
         yield ["mark", name, value]
+    for pin in found["pins"]:
+        yield ["pin", *pin.values()]
+    for kind, count in found["gaps"]["count"].items():
+        yield ["gaps", kind, *count.values()]
     for stream in found["streams"]:
         for key in _PER_STREAM:
             yield ["stream", stream["name"], key, stream[key]]
@@ -59,10 +86,11 @@ def _described(field: dict[str, Any]) -> list[str]:
     return [field["name"], field["dtype"], shape, field["unit"], field["description"]]
 
 
-def _show_tables(found: dict[str, Any]) -> None:
+def _show_tables(found: dict[str, Any], rates: dict[str, Array]) -> None:
     from rich import box, console, table, text  # noqa: PLC0415  # loaded only where it is shown
 
     terminal = console.Console()
+    sparks = _ASCII_SPARKS if terminal.options.ascii_only else _SPARKS
 
     def show(rows: list[list[str]], title: str = "", header: Sequence[str] = ()) -> None:
         shown = table.Table(
@@ -79,11 +107,35 @@ def _show_tables(found: dict[str, Any]) -> None:
         terminal.print(shown)
 
     show(_about_store(found), f"Store {found['path']}")
+    if found["pins"]:
+        terminal.print()
+        show(
+            [[f"pin {p['id']}", _and_words(_stretch(p), p["label"])] for p in found["pins"]], "Pins"
+        )
+    if newest := found["gaps"]["newest"]:
+        terminal.print()
+        show(
+            [[_gap_text(gap), _and_words(_stretch(gap), gap["detail"])] for gap in newest],
+            "Newest gaps",
+        )
     for stream in found["streams"]:
         terminal.print()
-        show(_about_stream(stream), f"Stream {stream['name']}")
+        rate = ["rate", _sparkline(rates[stream["name"]], sparks)]
+        show([*_about_stream(stream), rate], f"Stream {stream['name']}")
         fields = [_described(field) for field in stream["fields"]]
         show(fields, header=("field", "dtype", "shape", "unit", "description"))
+
+
+def _sparkline(rates: Array, sparks: str) -> str:
+    """The rate over time as one line of bars; a bin with a row in it is never blank."""
+    if not len(rates):
+        return "-"
+    every_s, unit = rate_unit(float(rates.max()))
+    heights = np.ceil(rates / rates.max() * (len(sparks) - 1)).astype(int)
+    bars = "".join(sparks[height] for height in heights)
+    highest = float(rates.max()) * every_s
+    shown = f"{highest:,.0f}" if highest >= 10 else f"{highest:.2g}"  # noqa: PLR2004
+    return f"{bars}  up to about {shown}/{unit}"
 
 
 def _about_store(found: dict[str, Any]) -> list[list[str]]:
@@ -94,7 +146,37 @@ def _about_store(found: dict[str, Any]) -> list[list[str]]:
         ["last commit", found["last_commit"] or "never"],
         ["id", found["store_id"]],
     ]
+    if counts := found["gaps"]["count"]:
+        words = [_count_text(kind, count) for kind, count in counts.items()]
+        rows.append(["gaps", ", ".join(words)])
     return rows + [[f"mark {name}", str(value)] for name, value in found["marks"].items()]
+
+
+def _count_text(kind: str, count: dict[str, int]) -> str:
+    rows = f" ({count['rows']:,} rows)" if count["rows"] else ""
+    return f"{count['gaps']:,} {kind}{rows}"
+
+
+def _stretch(of: dict[str, Any]) -> str:
+    """From when to when, to the ms; a day is named once."""
+    start, stop = (
+        end.removesuffix("+00:00").replace("T", " ")[:_TO_THE_MS] if end else None
+        for end in (of["start"], of["stop"])
+    )
+    if start and stop:
+        if start == stop:
+            return f"{start} UTC"
+        return f"{start} to {stop[11:] if stop[:10] == start[:10] else stop} UTC"
+    return f"from {start} UTC" if start else f"up to {stop} UTC" if stop else "all times"
+
+
+def _and_words(text: str, words: str) -> str:
+    return f"{text}: {words}" if words else text
+
+
+def _gap_text(gap: dict[str, Any]) -> str:
+    text = f"{gap['kind']} {gap['stream']}".strip()
+    return f"{text}, {gap['rows']:,} rows" if gap["rows"] else text
 
 
 def _about_stream(stream: dict[str, Any]) -> list[list[str]]:
@@ -112,7 +194,8 @@ def _bytes_text(of: dict[str, Any]) -> str:
     return f"{text}, ratio {of['ratio']}" if of["ratio"] else text
 
 
-def _plain(found: stores.StoreInfo) -> dict[str, Any]:
+def _plain(store: stores.Store) -> dict[str, Any]:
+    found = store.info()
     raw = sum(each.raw_bytes for each in found.streams)
     stored = sum(each.stored_bytes for each in found.streams)
     return {
@@ -126,7 +209,36 @@ def _plain(found: stores.StoreInfo) -> dict[str, Any]:
         "created": _iso(found.created_ns),
         "last_commit": _iso(found.last_commit_ns) if found.last_commit_ns else None,
         "marks": found.marks,
+        "pins": [_plain_pin(pin) for pin in store.pins()],
+        "gaps": _plain_gaps(store.gaps()),
         "streams": [_plain_stream(each) for each in found.streams],
+    }
+
+
+def _plain_pin(pin: Pin) -> dict[str, Any]:
+    ends = pin.start_ns > MIN_NS, pin.stop_ns < MAX_NS
+    return {
+        "id": pin.pin_id,
+        "start": _iso(pin.start_ns) if ends[0] else None,
+        "stop": _iso(pin.stop_ns) if ends[1] else None,
+        "label": pin.label,
+        "created": _iso(pin.created_ns),
+    }
+
+
+def _sums(gaps: Sequence[Gap]) -> dict[str, int]:
+    occurrences = sum(gap.occurrences for gap in gaps)
+    return {"gaps": len(gaps), "occurrences": occurrences, "rows": sum(gap.rows for gap in gaps)}
+
+
+def _plain_gaps(gaps: Sequence[Gap]) -> dict[str, Any]:
+    """How many there are of each kind, and the newest few; `kvstore gaps` has them all."""
+    newest = sorted(gaps, key=lambda gap: gap.recorded_ns, reverse=True)[:_GAPS_SHOWN]
+    return {
+        "count": {
+            kind: _sums(same) for kind in KINDS if (same := [g for g in gaps if g.kind == kind])
+        },
+        "newest": [plain_gap(gap) for gap in newest],
     }
 
 

@@ -9,13 +9,13 @@ from kvstore.errors import KvstoreError
 
 
 @contextmanager
-def needed_for(what: str) -> Iterator[None]:
-    """Around the import of a module that owns a library of the export extra."""
+def needed_for(what: str, *, extra: str = "export") -> Iterator[None]:
+    """Around the import of a module that owns a library of that extra."""
     try:
         yield
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
-        install = "torch" if library == "torch" else "'kvstore[export]'"
+        install = "torch" if library == "torch" else f"'kvstore[{extra}]'"
         raise KvstoreError(
             f"{what} needs {library}, which is not installed: pip install {install}"
         ) from error
