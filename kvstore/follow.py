@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias
 
@@ -25,6 +26,7 @@ from kvstore.segment import Entry, OnDamage, Segment, State, Totals
 
 POLL_S: Final = 0.01
 COPIED_BYTES_MAX: Final = 8 << 20  # taken out at once: opening a sealed segment has its price
+_DIGITS_MAX: Final = 20  # of 2**64
 SAVE_INTERVAL_S: Final = 0.1  # a sync for each batch would be most of the work on a busy disk
 OnGap: TypeAlias = Callable[[GapError], None]
 
@@ -45,7 +47,7 @@ class Cursor(NamedTuple):
         """The inverse of str(cursor); CursorError for what is none."""
         store_id, _, rest = text.strip().partition(":")
         sequence, _, stream = rest.partition(":")
-        if not (store_id and stream and sequence.isdecimal()):
+        if not (store_id and stream and sequence.isdecimal() and len(sequence) <= _DIGITS_MAX):
             raise CursorError(
                 f"cursor {text[:100]!r} cannot be read: expected store id:sequence:stream; give "
                 "the text of a cursor, or begin anew at 'start' or 'end'"
@@ -119,11 +121,7 @@ class Follower:
         """The next batches of one segment; what is wrong with it as a whole is a gap."""
         end, number = _holder(state, self.cursor)
         try:
-            copied = self._copied(state, number, end)
-            if number == state.number and any(isinstance(b, DamageError) for _, b in copied):
-                # Read without a lock file while a writer began: what it wrote over looked
-                # damaged. It is passed over for good, so look twice.
-                copied = self._copied(state, number, end)
+            copied = self._looked_at(state, number, end)
         except (DamageError, StoreFormatError) as error:
             # Dropped since the state was read? Then the state says so by now.
             now = self._source.state()
@@ -141,6 +139,21 @@ class Follower:
                 yield Followed(self.cursor, batch)
         if not copied:
             self._skip_to(end)
+
+    def _looked_at(
+        self, state: State, number: int, end: int
+    ) -> list[tuple[int, Batch | DamageError]]:
+        """Some of a segment's batches; what seems damaged in the active one is looked at twice.
+
+        Read without a lock file while a writer began, what that wrote over looks damaged; and
+        what a follower passes over is lost to it for good.
+        """
+        if number == state.number:
+            with suppress(DamageError, StoreFormatError):
+                copied = self._copied(state, number, end)
+                if not any(isinstance(batch, DamageError) for _, batch in copied):
+                    return copied
+        return self._copied(state, number, end)
 
     def _copied(self, state: State, number: int, end: int) -> list[tuple[int, Batch | DamageError]]:
         """Some of a segment's batches from the cursor on; the segment is closed again."""

@@ -19,7 +19,15 @@ from stores import ROOT, start
 from test_forks import in_child
 
 import kvstore
-from kvstore import Cursor, CursorError, CursorFile, DamageError, GapError, environment
+from kvstore import (
+    Cursor,
+    CursorError,
+    CursorFile,
+    DamageError,
+    GapError,
+    StoreFormatError,
+    environment,
+)
 from kvstore.follow import Follower, Source
 from kvstore.segment import Segment
 
@@ -204,7 +212,9 @@ def test_a_cursor_survives_text_and_pickle():
     assert pickle.loads(pickle.dumps(cursor)) == cursor
 
 
-@pytest.mark.parametrize("text", ["", "a:1", "a:1:", "a:-1:s", "a:x:s", ":1:s", "a" * 1000])
+@pytest.mark.parametrize(
+    "text", ["", "a:1", "a:1:", "a:-1:s", "a:x:s", ":1:s", "a" * 1000, f"a:{'9' * 5000}:s"]
+)
 def test_other_text_is_no_cursor(text):
     with pytest.raises(CursorError, match="cannot be read"):
         Cursor.parse(text)
@@ -357,18 +367,19 @@ def test_a_damaged_batch_is_reported_and_passed_over(broken_path):
             drained(store["s"])
 
 
-def test_what_looks_damaged_while_a_writer_begins_is_looked_at_twice(path, monkeypatch):
+@pytest.mark.parametrize(("step", "torn"), [("fetch", DamageError), ("arrivals", StoreFormatError)])
+def test_what_looks_damaged_while_a_writer_begins_is_looked_at_twice(path, monkeypatch, step, torn):
     """Read without a lock file: the writer has written over what the transaction showed."""
     filled(path, 1)
-    fetch, looks = Segment.fetch, []
+    sound, looks = getattr(Segment, step), []
 
-    def fetch_torn_once(self, *args, **options):
+    def torn_once(self, *args, **options):
         looks.append(1)
         if len(looks) == 1:
-            raise DamageError("torn")
-        return fetch(self, *args, **options)
+            raise torn("torn")
+        return sound(self, *args, **options)
 
-    monkeypatch.setattr(Segment, "fetch", fetch_torn_once)
+    monkeypatch.setattr(Segment, step, torn_once)
     with kvstore.open(path) as store:
         assert numbers_of(drained(store["s"])) == [0]
 
