@@ -24,6 +24,7 @@ from kvstore.changes import Queued
 from kvstore.errors import KvstoreError, StoreClosed, StoreError
 from kvstore.layout import Layout
 from kvstore.segment import State
+from kvstore.stats import CommitStats
 
 GROUP_BYTES: Final = 32 << 20  # a commit of this size comes close to bare writes
 QUEUE_BYTES_MAX: Final = 64 << 20  # beside the group being committed: 0.2 s of 300 MB/s
@@ -54,6 +55,7 @@ class Committer:
     ):
         self.lock = threading.Lock()
         self.staged_bytes = 0
+        self.stats = CommitStats()
         self._layout = layout
         self._interval_s = interval_s
         self._seal = seal
@@ -108,10 +110,11 @@ class Committer:
 
     def wait_for_room(self) -> None:
         """Block while more than the queue's limit is held; returns early on an error."""
-        if self._interval_s is not None and self._held_bytes() > QUEUE_BYTES_MAX:
-            self._progress.wait_for(lambda: self._held_bytes() <= QUEUE_BYTES_MAX or self.error)
+        if self._interval_s is not None and self.held_bytes() > QUEUE_BYTES_MAX:
+            self._progress.wait_for(lambda: self.held_bytes() <= QUEUE_BYTES_MAX or self.error)
 
-    def _held_bytes(self) -> int:
+    def held_bytes(self) -> int:
+        """Of rows that wait for their commit, beside those in it."""
         return self._queued_bytes + self.staged_bytes
 
     def check_size(self, size: int, *, joined: bool) -> None:
@@ -144,6 +147,13 @@ class Committer:
             raise StoreError(f"{self._layout.path}: commit failed: {self.error!r}") from self.error
 
     # ---- without the lock ----
+
+    def overdue_s(self) -> float:
+        """For how long a commit has been running, or due and not begun."""
+        since, oldest_s = self.stats.running_since_s, self.oldest_s
+        if since is None and oldest_s is not None and self._interval_s is not None:
+            since = oldest_s + self._interval_s
+        return 0.0 if since is None else max(0.0, time.monotonic() - since)
 
     def call(self, act: Callable[[Active], T]) -> T:
         """Have the commit thread do something between two commits; its result or error."""
@@ -182,7 +192,8 @@ class Committer:
                 group, ticket = self._take() if is_due else ([], self._answered)
                 self._progress.notify_all()  # there is room
             try:
-                self._active.commit(group)
+                with self.stats.timed(len(group)):
+                    self._active.commit(group)
             except BaseException as error:  # noqa: BLE001  # handed to the next append or flush
                 with self.lock:
                     self._failed(group, error)

@@ -9,6 +9,7 @@
     ├── DamageError       stored bytes that fail their checksum; names stream, field and time span
     ├── CursorError       a place to follow from that is not in this store (also a ValueError)
     ├── GapError          batches that a follower should get next are no longer in the store
+    ├── ListenError       a socket that cannot be listened on, or is in use
     └── StoreError        the store itself
         ├── StoreNotFound     no store at that path (also a FileNotFoundError)
         ├── StoreFormatError  not a store, a truncated segment, or a newer format version
@@ -97,6 +98,10 @@ class GapError(KvstoreError):
 
 def _gap_error(message: str, first: int, stop: int) -> GapError:
     return GapError(message, first=first, stop=stop)
+
+
+class ListenError(KvstoreError):
+    """A socket that cannot be listened on: its path is taken, too long, or not the one given."""
 
 
 class StoreError(KvstoreError):

@@ -5,7 +5,8 @@
 The reading thread is the caller's. Packets are views into the buffers that the bytes were
 read into, and go to the store uncopied. Back-pressure is the store's: ``append`` waits while
 64 MB are queued, and the pipe fills up. Stopping is cooperative: ``readinto`` says when, and
-whatever packets were complete by then are committed.
+whatever packets were complete by then are committed. ``ingest`` takes one input to its end;
+who serves several at once (serve.py) gives each an ``Intake`` of its own.
 
 What a packet must look like is said in one place, the stream's schema; what does not fit it
 becomes a PacketError here. A malformed packet ends the run after everything before it is
@@ -14,8 +15,10 @@ committed, unless ``on_error`` is given and the packet's frame is whole: then it
 
 from __future__ import annotations
 
+import math
 import os
 import select
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -33,6 +36,7 @@ PARTICLE_SCHEMA: Final = Schema(
     PARTICLE_TIME,
 )
 _DRAINED_BYTES_MAX: Final = libc.PIPE_BYTES  # what a producer can have sent and we not seen
+_TELL_S: Final = 1.0  # between two gaps of rejected packets: no sender fills the store with them
 
 OnError = Callable[[PacketError], None]
 
@@ -44,7 +48,12 @@ class Progress:
     packets: int = 0
     rows: int = 0
     bytes: int = 0
-    skipped: int = 0
+    rejected: int = 0  # malformed packets, whether passed over or the end of their input
+    skipped: int = 0  # those that were passed over
+    interrupted: int = 0  # inputs that ended inside a packet
+    connected: int = 0  # producers, at this moment
+    connections: int = 0  # there ever were
+    refused: int = 0  # connections for which there was no place
     first: Any = None  # time of the first row to arrive, in the stream's own dtype
     last: Any = None  # and of the last
     unfinished_bytes: int = 0  # of a packet that was begun when reading was stopped
@@ -82,6 +91,165 @@ class Source:
         return count or None
 
 
+class Rejections:
+    """Packets that were refused, as gaps of the store: each second as one, however many.
+
+    The first is told at once. clock: of the gaps' times, in ns.
+    """
+
+    def __init__(self, store: Store, stream: str, clock: Callable[[], int] = time.time_ns):
+        self._store = store
+        self._stream = stream
+        self._clock = clock
+        self._count = 0
+        self._span_ns = (0, 0)
+        self._why = ""  # of the first
+        self._told_s = -math.inf
+
+    def add(self, why: str) -> None:
+        """One more."""
+        now_ns = self._clock()
+        if not self._count:
+            self._span_ns, self._why = (now_ns, now_ns), why
+        self._count += 1
+        self._span_ns = (self._span_ns[0], now_ns)
+        self.tell_due()
+
+    def tell_due(self) -> None:
+        """Tell of those there were, unless that was done a moment ago."""
+        if self._count and time.monotonic() >= self._told_s + _TELL_S:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell of those there were since the last time."""
+        if self._count:
+            start_ns, stop_ns = self._span_ns
+            self._store.note_gap(
+                "rejected",
+                self._stream,
+                start_ns=start_ns,
+                stop_ns=stop_ns,
+                occurrences=self._count,
+                detail=self._why,
+            )
+            self._count, self._told_s = 0, time.monotonic()
+
+
+class Target:
+    """The stream that packets go to, and the count of what went.
+
+    time_field: name of the time field where the stream is new and its name is not one of
+    schema.TIME_NAMES.
+    """
+
+    def __init__(
+        self, store: Store, progress: Progress, *, stream: str = PARTICLES, time_field: str = ""
+    ):
+        self.progress = progress
+        self.rejections = Rejections(store, stream)
+        self._store = store
+        self._stream = _stream_for(store, stream, time_field)
+        self._exact = (
+            stream == PARTICLES and stream in store and self._stream.schema == PARTICLE_SCHEMA
+        )
+
+    def append(self, packet: Packet) -> None:
+        """Raises PacketError where the packet does not fit the stream."""
+        if self._exact:
+            _check_particles(packet)
+        try:
+            self._stream.append(packet.arrays, copy=False)
+        except (SchemaError, TimeError) as error:
+            raise packet.error(str(error)) from error
+        self._count(packet)
+
+    def reject(self, error: PacketError) -> None:
+        """Count a malformed packet, and record it as a gap."""
+        self.progress.rejected += 1
+        self.rejections.add(str(error))
+
+    def miss(self, error: PacketError) -> None:
+        """Count a packet whose end did not come, and record it as a gap."""
+        self.progress.interrupted += 1
+        self.rejections.add(str(error))
+
+    def flush(self) -> None:
+        """Make all of it durable, gaps included."""
+        self.rejections.tell()
+        self._store.flush()
+
+    def _count(self, packet: Packet) -> None:
+        progress = self.progress
+        progress.packets += 1
+        times = packet.arrays[self._stream.time]
+        if len(times):
+            progress.rows += len(times)
+            progress.last = times[-1]
+            if progress.first is None:
+                progress.first = times[0]
+
+
+class Intake:
+    """One input on its way into a stream: its bytes, cut into packets, appended.
+
+    on_error: called with the error of each malformed packet whose frame is whole, which is then
+    passed over; without it that error is raised.
+    """
+
+    def __init__(self, target: Target, decoder: PacketDecoder, on_error: OnError | None = None):
+        self.packets = 0
+        self._target = target
+        self._decoder = decoder
+        self._on_error = on_error
+
+    def buffer(self) -> memoryview:
+        """Where the next bytes belong; to be asked for once ``append`` returned True."""
+        return self._decoder.buffer()
+
+    def received(self, count: int) -> None:
+        """That many bytes were put at the start of ``buffer()``."""
+        self._decoder.received(count)
+        self._target.progress.bytes += count
+        self._target.rejections.tell_due()
+
+    def append(self, until_s: float = math.inf) -> bool:
+        """Append the packets that are complete by now; False where it is ``until_s`` before.
+
+        until_s: of ``time.monotonic``. At least one packet is appended.
+        """
+        while True:
+            try:
+                for packet in self._decoder.packets():
+                    self._target.append(packet)
+                    self.packets += 1
+                    if time.monotonic() > until_s:
+                        return False
+            except PacketError as error:
+                self._target.reject(error)
+                if self._on_error is None or not error.whole:
+                    raise
+                self._target.progress.skipped += 1
+                self._on_error(error)
+                if time.monotonic() > until_s:
+                    return False
+            else:
+                return True
+
+    def close(self) -> None:
+        """The input has ended; PacketError if it did so inside a packet."""
+        try:
+            self._decoder.close()
+        except PacketError as error:
+            if self._decoder.unfinished_bytes:
+                self._target.miss(error)
+            raise
+
+    @property
+    def unfinished_bytes(self) -> int:
+        """Bytes that came of a packet whose end did not."""
+        return self._decoder.unfinished_bytes
+
+
 def ingest(
     store: Store,
     readinto: Callable[[memoryview], int | None],
@@ -94,31 +262,28 @@ def ingest(
 ) -> bool:
     """Append packets until the input ends (True) or reading should stop (False).
 
-    time_field: name of the time field where the stream is new and its name is not one of
-    schema.TIME_NAMES. on_error: called with the error of each malformed packet whose frame is
-    whole, which is then passed over; without it that error is raised.
+    stream, time_field: see Target. on_error: see Intake.
 
     Everything appended is committed before this returns or raises. Raises PacketError for
     malformed input, and what the store raises.
     """
     progress.ended = False
+    target = Target(store, progress, stream=stream, time_field=time_field)
+    intake = Intake(target, decoder, on_error)
     try:
-        target = _target(store, stream, time_field)
-        exact = stream == PARTICLES and stream in store and target.schema == PARTICLE_SCHEMA
-        while count := readinto(decoder.buffer()):
-            decoder.received(count)
-            progress.bytes += count
-            _take(decoder, target, on_error, progress, exact=exact)
+        while count := readinto(intake.buffer()):
+            intake.received(count)
+            intake.append()
         if count == 0:
             progress.ended = True
-            decoder.close()
-        progress.unfinished_bytes = decoder.unfinished_bytes
+            intake.close()
+        progress.unfinished_bytes = intake.unfinished_bytes
         return progress.ended
     finally:
-        store.flush()
+        target.flush()
 
 
-def _target(store: Store, name: str, time_field: str) -> Stream:
+def _stream_for(store: Store, name: str, time_field: str) -> Stream:
     """The stream to append to; for particles its schema is known before the first packet."""
     if name not in store:
         particles = name == PARTICLES and not time_field
@@ -132,38 +297,6 @@ def _target(store: Store, name: str, time_field: str) -> Stream:
     return stream
 
 
-def _take(
-    decoder: PacketDecoder,
-    target: Stream,
-    on_error: OnError | None,
-    progress: Progress,
-    *,
-    exact: bool,
-) -> None:
-    """Append all packets that are complete by now."""
-    while True:
-        try:
-            for packet in decoder.packets():
-                _append(target, packet, exact=exact)
-                _count(target, packet, progress)
-        except PacketError as error:
-            if on_error is None or not error.whole:
-                raise
-            progress.skipped += 1
-            on_error(error)
-        else:
-            return
-
-
-def _append(target: Stream, packet: Packet, *, exact: bool) -> None:
-    if exact:
-        _check_particles(packet)
-    try:
-        target.append(packet.arrays, copy=False)
-    except (SchemaError, TimeError) as error:
-        raise packet.error(str(error)) from error
-
-
 def _check_particles(packet: Packet) -> None:
     """Particles keep their dtypes to the letter: float32 stamps, say, would be 128 s apart."""
     for name, (dtype, _) in PARTICLE_FIELDS.items():
@@ -173,13 +306,3 @@ def _check_particles(packet: Packet) -> None:
                 f"field {name!r} has dtype {array.dtype}, expected {dtype}; other packets go to a "
                 "stream of their own (--stream NAME)"
             )
-
-
-def _count(target: Stream, packet: Packet, progress: Progress) -> None:
-    progress.packets += 1
-    times = packet.arrays[target.time]
-    if len(times):
-        progress.rows += len(times)
-        progress.last = times[-1]
-        if progress.first is None:
-            progress.first = times[0]

@@ -87,6 +87,11 @@ class Writer:
         if settings is not None:
             self.perform("set", settings._asdict())
 
+    @property
+    def committer(self) -> Committer:
+        """What commits the rows: its ``stats``, ``held_bytes`` and ``overdue_s`` for reports."""
+        return self._committer
+
     def find(self, name: str) -> StreamWriter | None:
         """The stream of that name, committed or not."""
         self.check_usable()

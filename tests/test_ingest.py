@@ -258,6 +258,58 @@ def test_what_the_input_says_about_code_is_not_done(path):
         take(path, len(hostile).to_bytes(4) + hostile)
 
 
+# ---- gaps ----
+
+
+def rejected(path):
+    with kvstore.open(path) as store:
+        return [gap for gap in store.gaps() if gap.kind == "rejected"]
+
+
+def test_a_rejected_packet_is_recorded_as_a_gap_on_the_wall_clock(path):
+    before_ns = time.time_ns()
+    with pytest.raises(PacketError):
+        take(path, framed(particles(1), particles(timestamps=np.array([T0, np.nan]))))
+    (gap,) = rejected(path)
+    assert before_ns <= gap.start_ns <= gap.stop_ns <= time.time_ns()
+    assert (gap.stream, gap.occurrences, gap.rows) == ("particles", 1, 0)
+    assert "packet 1 at byte" in gap.detail
+    with pytest.raises(PacketError):
+        take(path, framed(particles(1))[:-1])
+    assert sum(gap.occurrences for gap in rejected(path)) == 2
+
+
+def test_a_flood_of_rejected_packets_is_recorded_each_second_as_one(path, monkeypatch):
+    noted = []
+    inner = kvstore.Store.note_gap
+
+    def note_gap(self, kind, *args, **options):
+        noted.append(options["occurrences"])
+        inner(self, kind, *args, **options)
+
+    monkeypatch.setattr(kvstore.Store, "note_gap", note_gap)
+    bad = framed({"time": np.array([np.nan])})
+    take(path, bad * 3000, stream="s", on_error=lambda _: None, time_field="time")
+    assert sum(noted) == 3000
+    assert len(noted) < 60  # at the begin, each second, at the end
+    assert sum(gap.occurrences for gap in rejected(path)) == 3000
+
+
+def test_what_waits_to_be_recorded_is_with_the_next_bytes(path, monkeypatch):
+    monkeypatch.setattr(ingesting, "_TELL_S", 3600.0)
+    clock = iter([10, 20, 30]).__next__
+    with kvstore.open(path, "w") as store:
+        found = ingesting.Rejections(store, "s", clock)
+        for n in range(3):
+            found.add(f"why {n}")
+        monkeypatch.setattr(ingesting, "_TELL_S", 0.0)
+        found.tell_due()
+        found.tell_due()
+        store.flush()
+        (gap,) = store.gaps()
+        assert (gap.start_ns, gap.stop_ns, gap.occurrences) == (10, 30, 3)
+
+
 # ---- stopping and waiting ----
 
 
@@ -321,17 +373,18 @@ def test_a_source_without_a_signal_reads_to_the_end(tmp_path):
 def test_the_input_waits_while_the_disk_is_slow(path, monkeypatch):
     """Back-pressure: with commits held up, no more is read than the queue and two groups hold."""
     from kvstore import commit  # noqa: PLC0415
+    from kvstore.active import Active  # noqa: PLC0415
 
     monkeypatch.setattr(commit, "QUEUE_BYTES_MAX", 1 << 20)
     monkeypatch.setattr(commit, "GROUP_BYTES", 1 << 19)
     gate = threading.Event()
-    inner = commit.Committer._commit
+    inner = Active.commit
 
     def held(self, group):
         gate.wait(30)
         return inner(self, group)
 
-    monkeypatch.setattr(commit.Committer, "_commit", held)
+    monkeypatch.setattr(Active, "commit", held)
     data = framed(*[particles(100, T0 + n) for n in range(30)])
     progress = Progress()
     with kvstore.open(path, mode="w") as store:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From low to high; a package counts as one part. "__init__" is kvstore/__init__.py: nothing
 # below the command line imports the public names, everything goes to the module that owns them.
 FLOORS = (
-    ("errors", "timestamps"),
+    ("errors", "timestamps", "events", "every", "stats"),
     ("schema", "settings", "lossless", "codec", "libc"),
     ("gaps",),
     ("environment",),
@@ -38,6 +38,7 @@ FLOORS = (
     ("store",),
     ("control", "check", "verify", "salvage", "recover", "backup", "ingest", "survey"),
     ("plots",),
+    ("sockets", "notify", "serve", "metrics"),
     ("telemetry", "dayfiles"),
     ("__init__",),
     ("cli",),

@@ -402,8 +402,10 @@ def test_a_closed_store_has_no_such_gap(path):
     for number in range(3):
         with kvstore.open(path, "w") as store:
             put(store, [number])
+            last_commit_ns = store.info().last_commit_ns
     with kvstore.open(path) as store:
         assert store.gaps() == ()
+        assert store.info().last_commit_ns == last_commit_ns  # opening and closing bring no data
         assert store.state().session.closed_ns
 
 

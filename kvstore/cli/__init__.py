@@ -13,6 +13,7 @@ from typing import Annotated, Final
 import typer
 
 from kvstore.cli import capture, check, export, limits, plot, query, replay, stats
+from kvstore.cli import write as writing
 from kvstore.cli.terminal import FAILED, complain, open_standard_files
 from kvstore.errors import KvstoreError
 
@@ -40,8 +41,9 @@ app.command(
         _CAPTURE,
         "kvstore write run.kv monday.packets tuesday.packets --on-error skip",
         "kvstore read run.kv --last 1h | kvstore write hour.kv --segment-bytes 500MB",
+        "kvstore write run.kv --listen unix:/run/kvstore/in.sock --metrics-file run.prom",
     )
-)(capture.write)
+)(writing.write)
 app.command(
     epilog=_examples(
         "kvstore read run.kv --start 2026-02-17T15:32:37 --stop 2026-02-17T15:32:37.1",

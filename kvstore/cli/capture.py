@@ -1,43 +1,25 @@
-"""``kvstore generate`` and ``kvstore write``: packets made up, packets taken in."""
+"""``kvstore generate``: packets made up; and what `kvstore write` shares with it."""
 
 from __future__ import annotations
 
 import math
 import os
 import select
-import shutil
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import typer
 
 from kvstore import libc
-from kvstore import store as stores
-from kvstore.cli.options import STDIN, duration_s, epoch_seconds, input_file, size_bytes
-from kvstore.cli.terminal import (
-    FAILED,
-    LOSS,
-    complain,
-    progress_bar,
-    quiet_if_closed,
-    say,
-    size_text,
-)
-from kvstore.errors import PacketError, StoreError
+from kvstore.cli.options import epoch_seconds
+from kvstore.cli.terminal import quiet_if_closed, say
 from kvstore.generate import generate as generate_packets
-from kvstore.ingest import PARTICLES, OnError, Progress, Source, ingest
-from kvstore.packets import FRAME_BYTES_MAX, PacketDecoder
-from kvstore.timestamps import format_time
-from kvstore.writer import FLUSH_INTERVAL_S
 
 _MIB: Final = 1 << 20
-_SKIPS_SHOWN: Final = 10  # a broken sender would fill the screen
-_PIPE_THEM: Final = "as in: kvstore generate --max-mb 200 | kvstore write run.kv"
+PIPE_THEM: Final = "as in: kvstore generate --max-mb 200 | kvstore write run.kv"
 
 
 def generate(
@@ -84,10 +66,10 @@ def generate(
     """
     if not math.isfinite(pps + max_mb):
         raise typer.BadParameter("--pps and --max-mb are finite numbers; 0 means without limit")
-    _refuse_terminal(1, f"packets are binary: pipe them, {_PIPE_THEM}")
+    refuse_terminal(1, f"packets are binary: pipe them, {PIPE_THEM}")
     libc.keep_freed_memory()
     libc.enlarge_pipe(1)
-    with _stop_signal() as stop, quiet_if_closed():
+    with stop_signal() as stop, quiet_if_closed():
         generate_packets(
             lambda parts: write_parts(1, parts),
             report=say,
@@ -102,159 +84,8 @@ def generate(
         )
 
 
-def write(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="The store; made if not there.")],
-    files: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="FILE",
-            help="Files of packets, - for stdin; stdin if none is given.",
-            parser=input_file,
-        ),
-    ] = None,
-    *,
-    stream: Annotated[str, typer.Option(metavar="NAME", help="Stream to append to.")] = PARTICLES,
-    time_field: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Time field of a new stream; if not given timestamps, timestamp or time.",
-            show_default=False,
-        ),
-    ] = "",
-    on_error: Annotated[
-        Literal["stop", "skip"],
-        typer.Option(help="At a malformed packet: stop, or count it and go on to the next."),
-    ] = "stop",
-    flush_interval: Annotated[
-        float,
-        typer.Option(
-            help="Longest time until received rows are durable; 100ms if not given.",
-            show_default=False,
-            parser=duration_s,
-            metavar="DURATION",
-        ),
-    ] = FLUSH_INTERVAL_S,
-    segment_bytes: Annotated[
-        int | None,
-        typer.Option(
-            help="Size at which a new segment is begun; 2GiB if not given, or a sixteenth of "
-            "the store's max-bytes.",
-            show_default=False,
-            parser=size_bytes,
-            metavar="SIZE",
-        ),
-    ] = None,
-    max_packet_bytes: Annotated[
-        int,
-        typer.Option(
-            help="Refuse packets above this size; 256MiB if not given.",
-            show_default=False,
-            parser=size_bytes,
-            metavar="SIZE",
-        ),
-    ] = FRAME_BYTES_MAX,
-) -> None:
-    """Take in packets and store them by time.
-
-    SIGINT, SIGTERM and the end of the input commit everything received; what came before an
-    error is kept. Exit codes: 0 all is stored; 1 stopped at a malformed packet or a full disk;
-    3 stored, but for packets that were skipped or an input that was cut off.
-    """
-    inputs = files or [STDIN]
-    if STDIN in inputs:
-        _refuse_terminal(0, f"no packets on stdin: pipe them in, {_PIPE_THEM}")
-    libc.keep_freed_memory()
-    progress, started = Progress(), time.perf_counter()
-    intake = _Intake(stream, time_field, max_packet_bytes, on_error == "skip", progress)
-    with (
-        _stop_signal() as stop,
-        stores.open_store(
-            path, "w", flush_interval_s=flush_interval, segment_bytes=segment_bytes
-        ) as store,
-    ):
-        before = len(store[stream]) if stream in store else 0
-        try:
-            with progress_bar(lambda elapsed: _describe(progress, elapsed, path, stream)):
-                code = intake.take_all(store, inputs, stop)
-        except StoreError:
-            stored = len(store[stream]) - before if stream in store else 0
-            say(f"Of {progress.rows} {_noun(stream)} received {stored} are stored.")
-            raise
-        _summarise(progress, time.perf_counter() - started, store, stream)
-    if code:
-        raise typer.Exit(code)
-
-
-class _Intake:
-    """Inputs one after the other into a stream, and what became of them."""
-
-    def __init__(
-        self, stream: str, time_field: str, packet_bytes_max: int, skip: bool, progress: Progress
-    ):
-        self._stream = stream
-        self._time_field = time_field
-        self._packet_bytes_max = packet_bytes_max
-        self._on_error: OnError | None = self._skip if skip else None
-        self._progress = progress
-        self._prefix = ""  # says which file, where there are several
-
-    def take_all(self, store: stores.Store, inputs: list[Path], stop: int) -> int:
-        """Returns the exit code; everything that came before an error is committed."""
-        try:
-            for path in inputs:
-                self._prefix = f"{path}: " if len(inputs) > 1 else ""
-                if not self._take(store, path, stop):
-                    return self._stopped(path)
-        except PacketError as error:
-            complain(f"{self._prefix}{error}. What came before it is stored.")
-            return LOSS if self._progress.ended else FAILED
-        if self._progress.skipped:
-            complain(f"{self._progress.skipped} malformed packets were skipped")
-            return LOSS
-        return 0
-
-    def _take(self, store: stores.Store, path: Path, stop: int) -> bool:
-        with _opened(path) as fd:
-            libc.enlarge_pipe(fd)
-            return ingest(
-                store,
-                Source(fd, stop).readinto,
-                PacketDecoder(frame_bytes_max=self._packet_bytes_max),
-                stream=self._stream,
-                time_field=self._time_field,
-                on_error=self._on_error,
-                progress=self._progress,
-            )
-
-    def _stopped(self, path: Path) -> int:
-        say("Stopped by a signal; all whole packets received are stored.")
-        if path != STDIN:
-            complain(f"{path}: not read to its end")
-        elif self._progress.unfinished_bytes:
-            complain(f"{self._progress.unfinished_bytes} bytes of an unfinished packet were lost")
-        else:
-            return LOSS if self._progress.skipped else 0
-        return LOSS
-
-    def _skip(self, error: PacketError) -> None:
-        if self._progress.skipped <= _SKIPS_SHOWN:
-            complain(f"{self._prefix}{error}. Skipped.")
-        if self._progress.skipped == _SKIPS_SHOWN:
-            complain("further malformed packets are only counted")
-
-
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    if path == STDIN:
-        yield 0
-        return
-    with path.open("rb", buffering=0) as file:
-        yield file.fileno()
-
-
-@contextmanager
-def _stop_signal() -> Iterator[int]:
+def stop_signal() -> Iterator[int]:
     """A file descriptor that becomes readable once SIGINT or SIGTERM came."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -277,32 +108,6 @@ def _sleep(stop: int, seconds: float) -> bool:
     return bool(select.select([stop], [], [], seconds)[0])
 
 
-def _describe(progress: Progress, elapsed: float, path: Path, stream: str) -> str:
-    return (
-        f"{progress.rows:,} {_noun(stream)}  {progress.rows / elapsed / 1000:.1f} k/s  "
-        f"{size_text(progress.bytes)}  {size_text(progress.bytes / elapsed)}/s  "
-        f"disk left {size_text(shutil.disk_usage(path).free)}"
-    )
-
-
-def _summarise(progress: Progress, elapsed: float, store: stores.Store, stream: str) -> None:
-    noun = _noun(stream)
-    if progress.first is not None:
-        dtype = store[stream].schema.time_dtype
-        say(f"First Data timestamps {format_time(progress.first, dtype)}")
-    say(
-        f"Wrote to storage {progress.packets} packets ({progress.rows} {noun}, "
-        f"{progress.bytes} bytes)."
-    )
-    say(f"Write bandwidth: {progress.rows / elapsed / 1000:.2f} k{noun.capitalize()}/s")
-    if progress.last is not None:
-        say(f"Last Data timestamp {format_time(progress.last, dtype)}")
-
-
-def _noun(stream: str) -> str:
-    return "particles" if stream == PARTICLES else "rows"
-
-
 def write_parts(fd: int, parts: list[memoryview]) -> None:
     """Write all of these buffers, however many calls it takes."""
     waiting = [part for part in parts if len(part)]
@@ -314,6 +119,7 @@ def write_parts(fd: int, parts: list[memoryview]) -> None:
             waiting[0] = waiting[0][count:]
 
 
-def _refuse_terminal(fd: int, why: str) -> None:
+def refuse_terminal(fd: int, why: str) -> None:
+    """Wrong usage where packets would come from, or go to, a person."""
     if os.isatty(fd):
         raise typer.BadParameter(why)

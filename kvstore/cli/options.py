@@ -23,11 +23,30 @@ def input_file(text: str) -> Path:
     """A file that can be read, or - for stdin; seen to before a store is made for it."""
     path = Path(text)
     try:
-        if path != STDIN:
+        if path != STDIN and not path.is_fifo():  # opening one would wait for its writer
             path.open("rb").close()
     except OSError as error:
         raise typer.BadParameter(f"{path}: {error.strerror}") from error
     return path
+
+
+def socket_path(text: str) -> Path:
+    """The path in unix:/run/in.sock; the file's rights are what keeps strangers out."""
+    scheme, _, path = text.partition(":")
+    if scheme != "unix" or not path or path.startswith("@"):
+        raise typer.BadParameter(
+            f"{text!r}: expected unix: and the path of a socket, such as unix:/run/kvstore/in.sock"
+        )
+    return Path(path)
+
+
+def file_mode(text: str | int) -> int:
+    """A file's rights in octal, such as 0660; a default is a number already."""
+    if isinstance(text, int):
+        return text
+    if not re.fullmatch(r"0?[0-7]{3}", text):
+        raise typer.BadParameter(f"mode {text!r}: expected three octal digits, such as 0660")
+    return int(text, 8)
 
 
 def time_text(text: str) -> str:

@@ -49,7 +49,7 @@ def read_store(path: Path) -> dict[str, Any]:
     """Sections 2, 8 and 9: marks, and for each stream its fields and rows by time, then arrival."""
     version, store_id, _ = record((path / "store.msgpack").read_bytes())
     assert version == 1
-    files = sorted((path / "segments").glob("*.mdb"))
+    files = listed(sorted((path / "segments").glob("*.mdb")))
     metas: list[dict[bytes, Any]] = []
     rows: dict[bytes, list[Any]] = {}
     for file in files:
@@ -67,6 +67,13 @@ def read_store(path: Path) -> dict[str, Any]:
         columns = gathered(fields, rows.get(stream_id, []))
         found[name] = {"time": time, "fields": fields, "rows": columns}
     return {"segments": len(files), "marks": marks, "streams": found}
+
+
+def listed(files: list[Path]) -> list[Path]:
+    """Section 2: the active segment, and those that it lists as sealed."""
+    meta = read_tables(files[-1])["meta"]
+    sealed = {struct.unpack(">Q", key[7:])[0] for key in meta if key[:7] == b"sealed:"}
+    return [file for file in files[:-1] if int(file.stem) in sealed] + files[-1:]
 
 
 def read_batches(
@@ -190,11 +197,17 @@ def check_totals(metas: list[dict[bytes, Any]], rows: dict[bytes, list[Any]]) ->
     """Sections 9 and 13: sealed summaries and totals count every batch; sequences have no gap."""
     newest = metas[-1]
     sealed = [value for key, value in newest.items() if key[:7] == b"sealed:"]
-    assert [each[0] for each in sealed] == list(range(1, len(metas)))
+    dropped = {key[8:]: value for key, value in newest.items() if key[:8] == b"dropped:"}
+    assert [each[0] for each in sealed] == [meta[b"identity"][2] for meta in metas[:-1]]
     assert [each[2] for each in sealed] == [meta[b"commit"] for meta in metas[:-1]]
+    for each, meta in zip(sealed, metas, strict=False):
+        assert each[4:] in ([], [meta.get(b"clock", 0)])
     for stream_id, batches in rows.items():
         sequences = sorted(key[8:] for key, *_ in batches)
-        assert sequences == [struct.pack(">Q", n) for n in range(len(batches))]
+        gone = dropped[stream_id][0][1] if stream_id in dropped else 0
+        numbers = [struct.unpack(">Q", each)[0] for each in sequences]
+        assert len(set(numbers)) == len(numbers) == max(numbers) + 1 - gone
+        assert gone or numbers == list(range(len(batches)))
         parts = [each[3].get(struct.unpack(">I", stream_id)[0]) for each in sealed]
         parts.append(newest.get(b"total:" + stream_id))
         held = functools.reduce(plus, (part for part in parts if part))

@@ -69,6 +69,10 @@ class Maker:
         self.store.flush(marks=marks)
         self.marks |= marks
 
+    def keep(self, name: str, is_kept: Callable[[tuple[Any, ...]], bool]) -> None:
+        """Expect only these rows: the others were dropped."""
+        self._arrived[name] = [row for row in self._arrived[name] if is_kept(row)]
+
     def finish(self, segments: int) -> dict[str, Any]:
         for name, about in self.expected.items():
             names = [field[0] for field in about["fields"]]
@@ -238,7 +242,34 @@ def make_slow(maker: Maker) -> None:
     maker.commit()
 
 
-STORES = {"empty": (make_empty, 1), "rolled": (make_rolled, 3), "typed": (make_typed, 1)}
+def make_operated(maker: Maker) -> None:
+    """Settings, pins, gaps and dropped segments; what was dropped is not expected."""
+    rng = random.Random(4)
+    store = maker.store
+    store.set(max_bytes=1 << 30, clock_step_s=None)
+    maker.define("log", Field("time", "f8"), Field("noise", "u8", (20,)), time="time")
+    assert store.pin(100.0, 130.0, "door opened") == 1
+    store.unpin(store.pin(0.0, 1.0, "by mistake"))
+    for number in range(30):
+        values = [[rng.getrandbits(63) for _ in range(20)] for _ in range(40)]
+        times = [10 * number + row / 4 for row in range(40)]
+        maker.append("log", {"time": np.array(times), "noise": np.array(values, "u8")})
+        maker.commit(number=number)
+    store.note_gap("rejected", "log", start_ns=START_NS, stop_ns=START_NS + 5, rows=2, detail="x")
+    store.note_gap("silence", "log", start_ns=300 * 10**9, stop_ns=310 * 10**9)
+    store.drop(280.0)
+    maker.commit(end=1)
+    kept = {batch["time"][0] for batch in store["log"].read()}
+    assert 0 < len(kept) < 30
+    maker.keep("log", lambda row: 10.0 * (row[0] // 10) in kept)
+
+
+STORES = {
+    "empty": (make_empty, 1),
+    "rolled": (make_rolled, 3),
+    "typed": (make_typed, 1),
+    "operated": (make_operated, 0),
+}
 
 
 @contextmanager
@@ -260,17 +291,17 @@ def fixed_clock(store_number: int) -> Iterator[Callable[[], None]]:
 
 def make_store(name: str, folder: Path) -> Path:
     """Make one store in FOLDER/NAME and what is expected of it in FOLDER/NAME.json."""
-    fill, segments = STORES[name]
+    fill, segments = STORES[name]  # 0: many, however many
     path = folder / name
     shutil.rmtree(path, ignore_errors=True)
-    limit = SEGMENT_BYTES if segments > 1 else 1 << 30
+    limit = 1 << 30 if segments == 1 else SEGMENT_BYTES
     with fixed_clock(list(STORES).index(name)) as tick:  # noqa: SIM117
         with kvstore.open(path, "w", flush_interval_s=None, segment_bytes=limit) as store:
             maker = Maker(store, tick)
             fill(maker)
-    for lock in [path / "writer.lock", *path.glob("segments/*-lock")]:
+    for lock in [path / "writer.lock", path / "reserve", *path.glob("segments/*-lock")]:
         lock.unlink()  # a store at rest needs none
-    expected = maker.finish(segments)
+    expected = maker.finish(len(list(path.glob("segments/*.mdb"))))
     (folder / f"{name}.json").write_text(as_json(expected) + "\n", encoding="utf-8")
     return path
 
