@@ -60,8 +60,8 @@ def replay(
 
     As packets to a pipe, as `kvstore write` takes them; rows leave within a millisecond of their
     own time where the reader keeps up. How late they were is said on stderr at the end. SIGINT
-    and SIGTERM end it. Exit code 3 says that rows had to be left
-    out: damaged, or dropped by retention before their turn.
+    and SIGTERM end it. Exit code 3 says that rows had to be left out: damaged, or dropped by
+    retention before their turn.
     """
     check_range(start, stop, None)
     if sys.stdout.isatty():
