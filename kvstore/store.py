@@ -296,6 +296,8 @@ class Store:
         self._check_usable()
         with self._lock:
             while self._is_sealed(self._active.number):
+                if known := self._segments.pop(self._active.number, None):
+                    known.close()  # it may be dropped any time, or give its name to another
                 self._active = self._keep(self._open_active(self._layout.active()))
                 self._state = None
             commit = self._active.environment.last_commit()
@@ -351,9 +353,13 @@ class Store:
             segment.close()
 
     def _is_sealed(self, number: int) -> bool:
-        """Whether that segment is not the active one any more; it and the next may be gone."""
-        paths = self._layout.segment_path(number + 1), self._layout.segment_path(number)
-        return paths[0].exists() or not paths[1].exists()
+        """Whether that segment is not the active one any more; it and the next may be gone.
+
+        So it is where another file has its name: the store was made anew, or is a backup.
+        """
+        following = self._layout.segment_path(number + 1)
+        at = self._layout.segment_path(number)
+        return following.exists() or not self._active.environment.is_at(at)
 
     def _forget_dropped(self, state: State) -> None:
         """Close what was dropped: its space is free only once nobody has it open."""

@@ -137,7 +137,11 @@ def read(
     if follow:
         _check_follow(start, stop, last, limit, count, ordered, output)
         following = Following(
-            path, lambda store: stream_name(store, stream), field_names(fields), cursor_file, from_
+            path,
+            lambda store, known: stream_name(store, stream or known),
+            field_names(fields),
+            cursor_file,
+            from_,
         )
         _follow(following, format_ or "packets")
         return
