@@ -13,7 +13,7 @@ import termios
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final, Literal, cast
@@ -147,6 +147,10 @@ class _Out:
     def write(self, data: bytes) -> int:
         self.sent += len(data)
         return sys.stdout.buffer.write(data)
+
+    def writelines(self, lines: Iterable[bytes]) -> None:
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         sys.stdout.buffer.flush()
