@@ -1,5 +1,7 @@
 """``python -m bench [NAMES…]``: measure, print a table on stderr, write JSON.
 
+``python -m bench soak`` is another matter: see soak.py.
+
 Exit codes: 0 everything was measured, whether the targets were met or not; 1 something could
 not be measured; 2 wrong usage.
 """
@@ -15,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import kvstore
-from bench import capture, lookup, memory, pipes, reading, report, startup
+from bench import capture, lookup, memory, pipes, reading, report, soak, startup
 from bench.figure import BenchError, Figure, Measurement, Setting
 from bench.host import describe, filesystem
 from bench.measure import scratch
@@ -37,6 +39,9 @@ _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the bench and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["soak"]:
+        return soak.main(arguments[1:])
     options = _parser().parse_args(arguments)
     if options.list:
         for measurement in MEASUREMENTS:

@@ -146,8 +146,8 @@ class Watch:
         return self._bytes_max
 
     def _sample(self) -> None:
-        while (anon_bytes := _anon_bytes(self._pid)) is not None:
-            self._bytes_max = max(self._bytes_max, anon_bytes)
+        while (found := anon_bytes(self._pid)) is not None:
+            self._bytes_max = max(self._bytes_max, found)
             time.sleep(_SAMPLE_INTERVAL_S)
 
 
@@ -157,7 +157,7 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in unusual}
 
 
-def _anon_bytes(pid: int) -> int | None:
+def anon_bytes(pid: int) -> int | None:
     """RssAnon, which leaves out the mapped store; None once the process has ended."""
     try:
         with Path(f"/proc/{pid}/status").open(encoding="utf-8") as lines:

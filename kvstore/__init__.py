@@ -9,8 +9,8 @@ with kvstore.open("run.kv") as store:
 """
 
 from kvstore.backup import BackupReport, backup
-from kvstore.check import Damage
 from kvstore.control import configure, drop, pin, unpin
+from kvstore.damaged import record_damages
 from kvstore.errors import (
     CursorError,
     DamageError,
@@ -37,6 +37,7 @@ from kvstore.settings import Pin, Settings
 from kvstore.store import Store, StoreInfo, StreamStats
 from kvstore.store import open_store as open  # noqa: A004  # as in gzip.open: read kvstore.open
 from kvstore.stream import Stream
+from kvstore.untrusted import Damage
 from kvstore.verify import VerifyReport, verify
 
 __all__ = [
@@ -77,6 +78,7 @@ __all__ = [
     "keep_freed_memory",
     "open",
     "pin",
+    "record_damages",
     "recover",
     "unpin",
     "verify",

@@ -4,6 +4,7 @@
     DEST/segments/N.mdb.copying    being copied
     DEST/segments/N.mdb.copied     whole, synced, read back; not yet part of the backup
     DEST/segments/N.mdb            part of the backup
+    DEST/segments/N.mdb.kept       an earlier copy of a segment that was damaged since; no part
     DEST/store.msgpack             there last: from then on DEST is a store, for any reader
 
 Sealed segments never change, so each is copied once; of the active one LMDB copies the last
@@ -13,33 +14,36 @@ it was when one of its segments was sealed: never one with holes.
 
 What had DEST open across a run should open it again: its active segment was replaced.
 
-Nothing in an earlier backup is ever replaced by something damaged.
+Sound data in an earlier backup are never given up for something damaged: where the source's
+copy has more rows but fails its check, the earlier one stays beside it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 from kvstore import codec
-from kvstore.check import Damage, SegmentCheck
-from kvstore.environment import translated
-from kvstore.errors import DamageError, StoreError, StoreFormatError, StoreLocked
+from kvstore.check import SegmentCheck
+from kvstore.copies import checksum_of, copy_file, locked_folder, sync_file
+from kvstore.environment import open_environment, translated
+from kvstore.errors import DamageError, StoreError, StoreFormatError
 from kvstore.layout import Layout, sync_folder, write_durably
 from kvstore.pages import PageFile
-from kvstore.segment import Segment, State
+from kvstore.segment import State
+from kvstore.untrusted import Damage
 
 _MANIFEST: Final = "backup.msgpack"
 _IDENTITY: Final = "store.msgpack"
 _SEGMENTS: Final = "segments"
 _WRITER_LOCK: Final = "writer.lock"
 _VERSION: Final = 1
-_CHUNK_BYTES: Final = 4 << 20
+_PARTS: Final = 2  # a segment is copied, and checked as it is read back
+_KEPT: Final = ".mdb.kept"
 _TRIES_MAX: Final = 20  # rounds in which retention may drop what is about to be copied
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -80,7 +84,7 @@ def backup(
     layout, target = Layout(path), Layout(dest)
     store_id = layout.store_id()
     _check_paths(layout.path.resolve(), target.path.resolve())
-    with translated(target.path), _locked_folder(target.path):
+    with translated(target.path), locked_folder(target.path):
         manifest = _prepare(target, store_id)
         return _Backup(layout, target, manifest, on_progress).run()
 
@@ -88,23 +92,6 @@ def backup(
 def _check_paths(source: Path, dest: Path) -> None:
     if dest == source or source in dest.parents or dest in source.parents:
         raise StoreError(f"{dest}: a backup goes outside of its store, best to another disk")
-
-
-@contextmanager
-def _locked_folder(folder: Path) -> Iterator[None]:
-    """Hold the backup's folder, made if need be: one backup to it at a time."""
-    if not folder.exists():
-        folder.mkdir()
-        sync_folder(folder.parent)
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreLocked(f"{folder}: another backup to it is running; let it end") from error
-        yield
-    finally:
-        os.close(fd)
 
 
 def _prepare(target: Layout, store_id: bytes) -> _Manifest:
@@ -138,7 +125,7 @@ def _prepare(target: Layout, store_id: bytes) -> _Manifest:
 def _read_manifest(path: Path) -> _Manifest:
     try:
         version, store_id, complete_ns, sealed = codec.unpacked(path.read_bytes(), _MANIFEST)
-    except (DamageError, ValueError, TypeError) as error:
+    except (DamageError, ValueError, TypeError, AttributeError) as error:
         raise StoreFormatError(
             f"{path}: damaged: {error}; name another folder for a new backup"
         ) from error
@@ -190,7 +177,8 @@ class _Backup:
     def _collect(self) -> State:
         """Copy all that one commit of the active segment knows, and that commit."""
         for _ in range(_TRIES_MAX):
-            *sealed, active = self._layout.numbers()
+            active = self._layout.active()
+            sealed = [number for number in self._layout.numbers() if number < active]
             self._total_bytes = sum(self._size(number) for number in (*sealed, active))
             self._done_bytes = 0
             for number in sealed:
@@ -242,8 +230,8 @@ class _Backup:
             return held
         for file in (copied, final):
             if file.exists() and file.stat().st_size == size:
-                checksum = _checksum(file)
-                if checksum == _checksum(self._layout.segment_path(number)):
+                checksum = checksum_of(file)
+                if checksum == checksum_of(self._layout.segment_path(number)):
                     self._kept += 1
                     return size, checksum
             copied.unlink(missing_ok=True)  # of another time: it must not take the place
@@ -251,61 +239,73 @@ class _Backup:
 
     def _copy(self, number: int) -> tuple[int, int]:
         copying = self._copying_path(number)
-        with self._layout.segment_path(number).open("rb") as source, copying.open("wb") as file:
-            checksum = codec.running_checksum()
-            while chunk := source.read(_CHUNK_BYTES):
-                file.write(chunk)
-                checksum.update(chunk)
-                self._report(file.tell())
+        checksum = copy_file(self._layout.segment_path(number), copying, self._part(number, 0))
         _, found = self._check(number, copying)
-        if found and self._target.segment_path(number).exists():  # as of when it was active
-            raise self._refusal(found)
+        if found and checksum_of(copying) != checksum:
+            raise StoreError(
+                f"{copying}: what was read back is not what was written: is that disk failing? "
+                "Back up to another"
+            )
+        self._accept(number, found)
+        return self._finish(number), checksum
+
+    def _accept(self, number: int, found: list[Damage]) -> None:
+        """Report damage in what was copied; an earlier, sounder copy of it stays beside it."""
         self._damages += found
-        return self._finish(number, checksum.intdigest())
+        final = self._target.segment_path(number)
+        kept = final.with_suffix(_KEPT)
+        if not found or not final.exists():
+            return
+        if not kept.exists():
+            keeping = final.with_name(f"earlier-{number:08d}.mdb.copying")
+            copy_file(final, keeping)
+            sync_file(keeping)
+            keeping.rename(kept)
+            sync_folder(self._target.segments)
+        self._damages.append(Damage(number, f"its earlier copy is kept as {kept.name}"))
 
     def _snapshot(self, number: int) -> State:
         """A copy of the active segment as of its last commit, checked in full."""
         copying = self._copying_path(number)
         for _ in range(_TRIES_MAX):
             copying.unlink(missing_ok=True)
-            seen = self._layout.writer()
-            mode: Literal["shared", "alone"] = (
-                "shared" if self._layout.is_shared(number) else "alone"
-            )
-            self._copy_active(number, mode, seen)
-            if mode == "shared" or self._layout.writer() == seen:
+            seen_writer = self._layout.writer()
+            if self._layout.is_shared(number):
+                self._copy_live(number)
+                break
+            copy_file(self._layout.segment_path(number), copying, self._part(number, 0))
+            if self._layout.writer() == seen_writer:
                 break  # else a writer began, which may have written over what was being copied
         state, found = self._check(number, copying)
-        if found:
+        if any(not each.stream for each in found):  # more than batches: nothing can rest on it
             raise self._refusal(found)
-        self._finish(number, None)
+        self._accept(number, found)
+        self._finish(number)
         self._advance(self._size(number))
         return state
 
-    def _copy_active(self, number: int, mode: Literal["shared", "alone"], seen: bytes) -> None:
-        segment = Segment.open(
-            self._layout.segment_path(number),
-            number,
-            mode,
-            self._manifest.store_id,
-            writer=self._layout.writer,
-            seen_writer=seen,
-        )
+    def _copy_live(self, number: int) -> None:
+        """Through LMDB, which holds the pages of one commit meanwhile."""
+        environment = open_environment(self._layout.segment_path(number), "shared")
         try:
-            segment.environment.copy_to(self._copying_path(number))
+            environment.copy_to(self._copying_path(number))
         finally:
-            segment.close()
+            environment.close()
 
     def _check(self, number: int, file: Path) -> tuple[State, list[Damage]]:
+        """Check a copy as it stands on the disk."""
+        sync_file(file)
         found: list[Damage] = []
 
         def structure(what: str) -> None:
             found.append(Damage(number, what))
 
         with PageFile(file, structure) as pages:
-            check = SegmentCheck(number, pages, found.append, lambda _: None)
+            check = SegmentCheck(number, pages, found.append, _summed(self._part(number, 1)))
             check.run()
-            pages.check_free()
+        owner = self._manifest.store_id
+        if not found and (check.state.number, check.state.store_id) != (number, owner):
+            structure(f"the file holds segment {check.state.number} of another store, or renamed")
         return check.state, found
 
     def _refusal(self, found: list[Damage]) -> DamageError:
@@ -314,24 +314,14 @@ class _Backup:
             "is left as it was: see kvstore verify, and kvstore recover for what can be saved"
         )
 
-    def _finish(self, number: int, expected: int | None) -> tuple[int, int]:
-        """Sync a copy, read it back, and call it copied."""
-        copying = self._copying_path(number)
-        with copying.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read from the disk
-        checksum = _checksum(copying)
-        if expected is not None and checksum != expected:
-            raise StoreError(
-                f"{copying}: what was read back is not what was written: is that disk failing? "
-                "Back up to another"
-            )
-        copying.rename(self._copied_path(number))
+    def _finish(self, number: int) -> int:
+        """Call a copy copied; its size."""
+        self._copying_path(number).rename(self._copied_path(number))
         sync_folder(self._target.segments)
         size = self._copied_path(number).stat().st_size
         self._copied += 1
         self._copied_bytes += size
-        return size, checksum
+        return size
 
     def _copying_path(self, number: int) -> Path:
         return self._target.segment_path(number).with_suffix(".mdb.copying")
@@ -362,11 +352,17 @@ class _Backup:
         for number in self._target.numbers():
             if number not in state.sealed and number != state.number:
                 self._target.segment_path(number).unlink()
+                self._target.segment_path(number).with_suffix(_KEPT).unlink(missing_ok=True)
         sync_folder(self._target.segments)
 
     def _advance(self, size: int) -> None:
         self._done_bytes += size
         self._report(0)
+
+    def _part(self, number: int, part: int) -> Callable[[int], None]:
+        """Tells of a segment's copying, 0, or checking, 1: bytes done of it."""
+        whole = self._size(number)
+        return lambda size: self._report((part * whole + min(size, whole)) // _PARTS)
 
     def _report(self, size: int) -> None:
         if self._on_progress:
@@ -374,9 +370,13 @@ class _Backup:
             self._on_progress(done, self._total_bytes)
 
 
-def _checksum(file: Path) -> int:
-    checksum: Any = codec.running_checksum()
-    with file.open("rb") as opened:
-        while chunk := opened.read(_CHUNK_BYTES):
-            checksum.update(chunk)
-    return int(checksum.intdigest())
+def _summed(tell: Callable[[int], None]) -> Callable[[int], None]:
+    """Takes sizes one by one, tells their sum."""
+    total = 0
+
+    def add(size: int) -> None:
+        nonlocal total
+        total += size
+        tell(total)
+
+    return add

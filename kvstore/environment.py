@@ -101,6 +101,7 @@ class Environment:
         self._users = 0
         self._changed = threading.Condition()
         self._disowned = False
+        self._durable = 0
         self._open(mode)
 
     def _open(self, mode: Mode) -> None:
@@ -108,6 +109,7 @@ class Environment:
         with translated(self.path):
             if mode != "alone":
                 reserve_lock_file(self.path)
+            found = self.path.stat()
             self._env: Any = lmdb.open(
                 str(self.path),
                 map_size=_MAP_BYTES_ALONE if mode == "alone" else _MAP_BYTES_OF_FILE,
@@ -122,6 +124,7 @@ class Environment:
                 **_ENGINE_0_9,
             )
             self._open_tables(mode)
+        self._file = found.st_dev, found.st_ino
         self.mode, self._is_open = mode, True
 
     def _open_tables(self, mode: Mode) -> None:
@@ -189,18 +192,29 @@ class Environment:
         finally:
             self._leave()
 
-    def wait_until_durable(self) -> None:
-        """Return once the commits seen so far are on the disk.
+    def wait_until_durable(self, commit: int) -> None:
+        """Return once that commit, which was seen, is on the disk; one sync serves all who ask.
 
         LMDB shows a commit to readers while its last page is still being synced. Works for a
         reader, whom LMDB's own sync refuses.
         """
-        with translated(self.path):
+        if commit <= self._durable:
+            return
+        with translated(self.path), suppress(FileNotFoundError):  # dropped since: it was durable
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fdatasync(fd)
             finally:
                 os.close(fd)
+        self._durable = max(self._durable, commit)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether that path still names the file: else it was removed, or replaced by a copy."""
+        try:
+            found = path.stat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self._file
 
     def last_commit(self) -> int:
         """Number of the last commit, LMDB's transaction id; cheap, needs no transaction.

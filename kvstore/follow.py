@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from kvstore import reading
 from kvstore.environment import translated
-from kvstore.errors import CursorError, DamageError, GapError, StoreFormatError
+from kvstore.errors import CursorError, DamageError, GapError, NoFillError, StoreFormatError
 from kvstore.layout import write_durably
-from kvstore.schema import Batch
+from kvstore.schema import Batch, Schema
 from kvstore.segment import Entry, OnDamage, Segment, State, Totals
 
 POLL_S: Final = 0.01
 COPIED_BYTES_MAX: Final = 8 << 20  # taken out at once: opening a sealed segment has its price
+_DIGITS_MAX: Final = 20  # of 2**64
 SAVE_INTERVAL_S: Final = 0.1  # a sync for each batch would be most of the work on a busy disk
 OnGap: TypeAlias = Callable[[GapError], None]
 
@@ -45,7 +47,7 @@ class Cursor(NamedTuple):
         """The inverse of str(cursor); CursorError for what is none."""
         store_id, _, rest = text.strip().partition(":")
         sequence, _, stream = rest.partition(":")
-        if not (store_id and stream and sequence.isdecimal()):
+        if not (store_id and stream and sequence.isdecimal() and len(sequence) <= _DIGITS_MAX):
             raise CursorError(
                 f"cursor {text[:100]!r} cannot be read: expected store id:sequence:stream; give "
                 "the text of a cursor, or begin anew at 'start' or 'end'"
@@ -107,16 +109,19 @@ class Follower:
     def __iter__(self) -> Iterator[Followed]:
         while not self._stop():
             state = self._source.state()
-            if self.cursor.sequence >= _next_sequence(state, self.cursor.stream):
+            end = _next_sequence(state, self.cursor.stream)
+            if self.cursor.sequence < end:
+                yield from self._page(state)
+            elif self.cursor.sequence == end:
                 self._sleep(self._poll_s)
             else:
-                yield from self._page(state)
+                raise _ahead(self.cursor, end)  # an older copy was put in the store's place
 
     def _page(self, state: State) -> Iterator[Followed]:
         """The next batches of one segment; what is wrong with it as a whole is a gap."""
         end, number = _holder(state, self.cursor)
         try:
-            copied = self._copied(state, number, end)
+            copied = self._looked_at(state, number, end)
         except (DamageError, StoreFormatError) as error:
             # Dropped since the state was read? Then the state says so by now.
             now = self._source.state()
@@ -135,6 +140,21 @@ class Follower:
         if not copied:
             self._skip_to(end)
 
+    def _looked_at(
+        self, state: State, number: int, end: int
+    ) -> list[tuple[int, Batch | DamageError]]:
+        """Some of a segment's batches; what seems damaged in the active one is looked at twice.
+
+        Read without a lock file while a writer began, what that wrote over looks damaged; and
+        what a follower passes over is lost to it for good.
+        """
+        if number == state.number:
+            with suppress(DamageError, StoreFormatError):
+                copied = self._copied(state, number, end)
+                if not any(isinstance(batch, DamageError) for _, batch in copied):
+                    return copied
+        return self._copied(state, number, end)
+
     def _copied(self, state: State, number: int, end: int) -> list[tuple[int, Batch | DamageError]]:
         """Some of a segment's batches from the cursor on; the segment is closed again."""
         info = state.streams[self.cursor.stream]
@@ -145,7 +165,7 @@ class Follower:
             if number == state.number:
                 # Else a power cut could take back a batch that was delivered, and its sequence,
                 # given to another one, would be passed over by the receiver's cursor.
-                segment.environment.wait_until_durable()
+                segment.environment.wait_until_durable(state.commit)
             for sequence, found in segment.arrivals(info.stream_id, self.cursor.sequence, end):
                 copied.append((sequence, self._batch(state, segment, found)))
                 size += found.raw_bytes if isinstance(found, Entry) else 0
@@ -162,6 +182,18 @@ class Follower:
         if isinstance(found, DamageError):
             return DamageError(f"stream {self.cursor.stream!r}, {found}")
         names = schema.names if self._fields is None else self._fields
+        try:
+            return self._filled(schema, segment, found, names)
+        except NoFillError:
+            if self._fields is not None:
+                raise
+            # Asked for all fields: those that it has. Else none could pass a batch of a device
+            # that does not send a newer field.
+            return self._filled(schema, segment, found, names[: len(found.blocks)])
+
+    def _filled(
+        self, schema: Schema, segment: Segment, found: Entry, names: Sequence[str]
+    ) -> Batch | DamageError:
         numbers = [schema.number(name) for name in names]
         try:
             columns = reading.filled(schema, segment, found, numbers, verify=self._verify)
@@ -246,11 +278,15 @@ def _begin(source: Source, from_: From) -> Cursor:
             f"{here.store_id}; use its own cursor, or begin anew at 'start' or 'end'"
         )
     if from_.sequence > end:
-        raise CursorError(
-            f"cursor {from_} is ahead of the store, whose next batch is {end}: was the store "
-            "restored from an older copy? Begin anew at 'start' or 'end'"
-        )
+        raise _ahead(from_, end)
     return from_
+
+
+def _ahead(cursor: Cursor, end: int) -> CursorError:
+    return CursorError(
+        f"cursor {cursor} is ahead of the store, whose next batch is {end}: was the store "
+        "restored from an older copy? Begin anew at 'start' or 'end'"
+    )
 
 
 def _totals(state: State, stream: str) -> Iterator[tuple[int, Totals]]:

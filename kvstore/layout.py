@@ -74,9 +74,8 @@ class Layout:
         The next one may be dropped by now and this one not, being pinned. Its lock file goes when
         it is sealed, before anything later can be dropped.
         """
-        path = self.segment_path(number)
-        if lock_path(path).exists():
-            return path.exists() and not self.segment_path(number + 1).exists()
+        if lock_path(self.segment_path(number)).exists():
+            return not self.segment_path(number + 1).exists()
         return self.active() == number
 
     def exists(self) -> bool:

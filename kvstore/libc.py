@@ -1,7 +1,7 @@
 """The Linux calls that Python lacks, by ctypes: early write-back, malloc thresholds, pipe sizes.
 
-Each is an optimisation or a convenience: where the platform lacks the call, it does nothing
-and the program is only slower. Nothing here is called by ``import kvstore``.
+Each but ``exchange`` is an optimisation or a convenience: where the platform lacks the call, it
+does nothing and the program is only slower. Nothing here is called by ``import kvstore``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ WRITEBACK_BYTES_MIN: Final = 4 << 20  # smaller commits gain nothing
 _POLL_S: Final = 0.001
 _PIECE_BYTES: Final = 1 << 20
 _SYNC_FILE_RANGE_WRITE: Final = 2
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
@@ -60,6 +62,14 @@ def enlarge_pipe(fd: int) -> None:
     """Give a pipe 1 MiB of room; whatever is no pipe is left alone."""
     with suppress(OSError, AttributeError):
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+
+def exchange(a: Path, b: Path) -> None:
+    """Let two files or folders swap their names in one step; OSError where that cannot be."""
+    names = os.fsencode(a), os.fsencode(b)
+    if _libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
+        number = ctypes.get_errno()
+        raise OSError(number, f"cannot be replaced in one step ({os.strerror(number)})", str(b))
 
 
 @contextmanager

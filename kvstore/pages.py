@@ -4,7 +4,8 @@ LMDB trusts its pages: a damaged one may kill the process. Here every number is 
 it is followed, and what is wrong is reported and left out. Two ways to read: ``items`` walks a
 table as of the last commit, ``scan`` takes every leaf page there is, reachable or not.
 
-Only for files that nobody writes to. The layout is that of LMDB 0.9's mdb.c, little-endian,
+A file that is being written may be read as of one commit, while a transaction holds that commit's
+pages (verify.py). The layout is that of LMDB 0.9's mdb.c, little-endian,
 64-bit: page header 16 bytes (number u64, pad u16, flags u16, lower u16, upper u16 or the number
 of overflow pages u32), then node offsets u16; a node is lo u16, hi u16, flags u16, key size u16,
 key, value; in a branch lo, hi and flags are the child's page number; a large value stands in
@@ -13,6 +14,7 @@ overflow pages, and its node holds their number.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -39,6 +41,9 @@ _NO_PAGE: Final = 2**64 - 1
 _DEPTH_MAX: Final = 32  # LMDB's own limit of a cursor
 _PAGE_SIZES: Final = frozenset(1 << bits for bits in range(9, 17))
 _DEFAULT_PAGE_BYTES: Final = 4096
+_VALUE_BYTES_MAX: Final = 1 << 31  # of a block of text; of others an eighth
+_OFFSET_BITS: Final = 16
+_TRIES_MAX: Final = 5  # of reading a meta page that is just being written
 
 Report = Callable[[str], None]
 
@@ -68,19 +73,26 @@ class Meta(NamedTuple):
 
 
 class Node(NamedTuple):
-    """An entry of a leaf page. overflow: page of a large value, whose size is ``size``."""
+    """An entry of a leaf page. overflow: page of a large value, whose size is ``size``.
+
+    place: where it stands in the file, for ``node_at``.
+    """
 
     key: bytes
     value: bytes
     flags: int
     size: int
     overflow: int
+    place: int
 
 
 class PageFile:
-    """A file of pages, open for reading. Use in a ``with``."""
+    """A file of pages, open for reading. Use in a ``with``.
 
-    def __init__(self, path: Path, report: Report):
+    txn_id: read as of this commit, not the newest; ``meta`` is None where that came too late.
+    """
+
+    def __init__(self, path: Path, report: Report, *, txn_id: int | None = None):
         self.path = path
         self._report = report
         with translated(path):
@@ -89,7 +101,7 @@ class PageFile:
         self.page_bytes = self._find_page_bytes()
         self.pages = self.size // self.page_bytes
         self._seen = bytearray(self.pages)
-        self.meta = self._newest_meta()
+        self.meta = self._newest_meta() if txn_id is None else self._meta_of(txn_id)
         self.tables = self._find_tables() if self.meta else {}
 
     def __enter__(self) -> Self:
@@ -206,7 +218,7 @@ class PageFile:
 
     def _nodes(self, number: int, page: bytes) -> Iterator[Node]:
         for offset in self._offsets(page):
-            node = self._node(page, offset)
+            node = self._node(number, page, offset)
             if node is None:
                 self._report(f"page {number}: damaged, an entry ends behind the page")
             else:
@@ -219,7 +231,12 @@ class PageFile:
         fits = range(lower, self.page_bytes - _NODE.size + 1)
         return [offset if offset in fits else self.page_bytes - _NODE.size for offset in offsets]
 
-    def _node(self, page: bytes, offset: int) -> Node | None:
+    def node_at(self, place: int) -> Node | None:
+        """The entry that a node's ``place`` names."""
+        number, offset = place >> _OFFSET_BITS, place % (1 << _OFFSET_BITS)
+        return self._node(number, self._read(number * self.page_bytes, self.page_bytes), offset)
+
+    def _node(self, number: int, page: bytes, offset: int) -> Node | None:
         low, high, flags, key_bytes = _NODE.unpack_from(page, offset)
         size = low | high << 16
         start = offset + _NODE.size + key_bytes
@@ -227,15 +244,18 @@ class PageFile:
         if end > self.page_bytes or not key_bytes:
             return None
         key, value = page[start - key_bytes : start], page[start:end]
+        place = number << _OFFSET_BITS | offset
         if flags & _IN_OVERFLOW:
-            return Node(key, b"", flags, size, _PAGE_NUMBER.unpack(value)[0])
-        return Node(key, value, flags, size, 0)
+            return Node(key, b"", flags, size, _PAGE_NUMBER.unpack(value)[0], place)
+        return Node(key, value, flags, size, 0, place)
 
     def value(self, node: Node, counts: list[int] | None = None) -> bytes | str:
         """An entry's value, or in words why it cannot be had. counts: of the tree walked."""
         if not node.flags & _IN_OVERFLOW:
             return node.value
         number, count = node.overflow, self.overflow_pages(node.size)
+        if node.size > _VALUE_BYTES_MAX:
+            return f"overflow page {number}: {node.size} bytes, at most {_VALUE_BYTES_MAX}"
         if not 1 < number <= self.pages - count:
             return f"overflow page {number}: behind the end of the file, which has {self.pages}"
         data = self._read(number * self.page_bytes, _HEADER_BYTES + node.size)
@@ -261,7 +281,7 @@ class PageFile:
             page = self._read(number * self.page_bytes, self.page_bytes)
             there, _, flags, lower, upper = _HEADER.unpack_from(page)
             if there == number and flags & 0xF == _LEAF and self._is_sound(lower, upper):
-                nodes = (self._node(page, offset) for offset in self._offsets(page))
+                nodes = (self._node(number, page, offset) for offset in self._offsets(page))
                 yield from (node for node in nodes if node is not None)
 
     def scan_overflow(self) -> Iterator[tuple[int, int]]:
@@ -288,8 +308,6 @@ class PageFile:
 
     def _read_meta(self, start: int) -> Meta | None:
         page = self._read(start, _HEADER_BYTES + _META.size)
-        if len(page) < _HEADER_BYTES + _META.size:
-            return None
         there, _, flags, _, _ = _HEADER.unpack_from(page)
         magic, version, address, map_bytes, free, main, last_page, txn_id = _META.unpack_from(
             page, _HEADER_BYTES
@@ -300,6 +318,14 @@ class PageFile:
         if tables[0].page_bytes not in _PAGE_SIZES or start not in (0, tables[0].page_bytes):
             return None
         return Meta(address, map_bytes, txn_id, last_page, *tables)
+
+    def _meta_of(self, txn_id: int) -> Meta | None:
+        """Of a file that is written to; None where two later commits have come already."""
+        for _ in range(_TRIES_MAX):
+            meta, again = (self._read_meta(txn_id % 2 * self.page_bytes) for _ in range(2))
+            if meta is not None and meta == again:  # else read while it was being written
+                break
+        return meta if meta and meta.txn_id == txn_id else None
 
     def _newest_meta(self) -> Meta | None:
         metas = [self._read_meta(0), self._read_meta(self.page_bytes)]
@@ -333,8 +359,16 @@ class PageFile:
         return found
 
     def _read(self, start: int, size: int) -> bytes:
+        """So many bytes; zeros, which are no page, for what a bad disk or the end withholds."""
         with translated(self.path):
-            return os.pread(self._fd, size, start)
+            try:
+                data = os.pread(self._fd, size, start)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                self._report(f"bytes {start} to {start + size - 1}: {error.strerror}")
+                data = b""
+        return data.ljust(size, b"\0")
 
 
 def _alternate(even: int, odd: int) -> bool:

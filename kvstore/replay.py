@@ -38,7 +38,7 @@ class Replay:
     """Iterates over batches, each handed out at its deadline; can be iterated once.
 
     read: opens the range anew, for each round of a loop; its batches are strictly in order.
-    drop_time: leave the time field out of what is handed out.
+    drop_time: leave the time field out of what is handed out. rows: handed out so far.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Replay:
         self._stop = stop
         self._clock = clock
         self._sleep = sleep
-        self._rows = 0
+        self.rows = 0
         self._late: Counter[float] = Counter()
         self._late_s_max = 0.0
 
@@ -83,7 +83,7 @@ class Replay:
                     if not self._waited(begin_s + due_s):
                         return
                     last_s = due_s
-                    self._rows += len(next(iter(piece.values())))
+                    self.rows += len(next(iter(piece.values())))
                     yield piece
             if first_ns is None or not self._loop:
                 return
@@ -98,7 +98,7 @@ class Replay:
             beyond -= self._late[late_s]
             if beyond < 0:
                 break
-        return Lateness(pieces, self._rows, self._late_s_max, p99_s)
+        return Lateness(pieces, self.rows, self._late_s_max, p99_s)
 
     def _pieces(self, batch: Batch, first_ns: int) -> Iterator[tuple[float, Batch]]:
         """Parts of a batch, and when each is due after the first row of all."""

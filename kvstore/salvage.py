@@ -4,28 +4,81 @@ Nothing is taken on trust: an index record counts only if its checksum and its o
 right, a block only if the record's checksum of it is. So whatever comes out was put in. Where
 the tree is damaged or the file cut short, every page that is there is looked at: first leaf
 pages, for records and for where blocks are, then large values themselves.
+
+Where a tree is lost, of a batch that a killed writer left uncommitted and the one that then got
+its number, either may come out.
+
+Kept in memory: where each record and block stands, 24 bytes; records are read again when it is
+their turn. Blocks that have to be searched for by their checksums take about 200 bytes each.
 """
 
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
+import numpy as np
+
 from kvstore import codec
-from kvstore.check import BATCH_KEY_BYTES, decode_block, read_state
 from kvstore.errors import DamageError, KvstoreError, NoFillError
 from kvstore.pages import Node, PageFile
 from kvstore.schema import Array, Batch
-from kvstore.segment import Entry, State, StreamInfo, Totals, read_entry, read_meta_record
+from kvstore.segment import Entry, State, StreamInfo, Totals
 from kvstore.timestamps import plain_time
+from kvstore.untrusted import (
+    BATCH_KEY_BYTES,
+    BLOCK_KEY_BYTES,
+    META_BYTES_MAX,
+    PLACED,
+    RECORD_BYTES_MAX,
+    decode_block,
+    entry_of,
+    own_key_of,
+    read_state,
+    take_meta,
+)
 
 _STREAM: Final = struct.Struct(">I")
 _NUMBER: Final = struct.Struct(">H")
-_BLOCK_KEY_BYTES: Final = BATCH_KEY_BYTES + _NUMBER.size
-_PLACED: Final = 4  # values that describe a block which stands in the table of blocks
 _BLOSC_SIZE: Final = struct.Struct("<12xI")  # where a Blosc block says how long it is
+_SOUGHT_META: Final = (b"identity", b"stream", b"total")
+
+
+class _Places:
+    """Where things stand in the file, by what they are: three columns of numbers."""
+
+    def __init__(self) -> None:
+        self._columns = (array("Q"), array("Q"), array("Q"))
+        self._sorted: tuple[Array, Array] | None = None
+
+    def add(self, what: int, version: int, place: int) -> None:
+        """version: tells copies of the same, of which one is kept, from others."""
+        for column, value in zip(self._columns, (what, version, place), strict=True):
+            column.append(value)
+        self._sorted = None
+
+    def sorted(self) -> tuple[Array, Array]:
+        """What and where, by what; different versions in the order in which they were added."""
+        if self._sorted is None:
+            what, version, place = (np.array(each, np.uint64) for each in self._columns)
+            order = np.lexsort((version, what))
+            copy = np.zeros(len(order), bool)
+            copy[1:] = np.all([np.diff(each[order]) == 0 for each in (what, version)], axis=0)
+            kept = np.sort(order[~copy])
+            kept = kept[np.argsort(what[kept], kind="stable")]
+            self._sorted = what[kept], place[kept]
+        return self._sorted
+
+    def of(self, what: int) -> list[int]:
+        """Places of one thing."""
+        every, places = self.sorted()
+        begin, end = (np.searchsorted(every, np.uint64(what), side) for side in ("left", "right"))
+        return [int(place) for place in places[begin:end]]
 
 
 class Salvaged(NamedTuple):
@@ -54,12 +107,11 @@ class SegmentFile:
         self.problems: list[str] = []
         self.number = number
         self._file = PageFile(path, self.problems.append)
-        self.size = self._file.size
-        self._entries: dict[tuple[int, int], dict[bytes, Entry]] = {}
-        self._blocks: dict[bytes, list[Node]] = {}
-        self._searched = False
-        self._found_large: dict[tuple[int, int], int] = {}  # size, checksum -> page
-        self.state: State = read_state(self._file, number, self.problems.append)
+        self._entries: dict[int, _Places] = {}  # of each stream: sequence, record
+        self._own_keys: dict[int, bytes] = {}  # of records in overflow pages; b"": taken
+        self._blocks = _Places()  # checksum of key, overflow page
+        self._found_large: dict[tuple[int, int], int] | None = None  # size, checksum -> page
+        self.state: State = read_state(self._file.items(b"meta"), number, self.problems.append)
         self.is_stated = not self.problems
         if self.problems:
             self._scan_meta()
@@ -73,21 +125,16 @@ class SegmentFile:
     def _scan_meta(self) -> None:
         """Definitions of streams, and the last totals there are, from any page."""
         for node in self._file.scan():
-            kind = node.key.partition(b":")[0]
-            if kind not in (b"identity", b"stream", b"total"):
-                continue
-            other = State(b"", self.number, 0)
-            try:
-                record = codec.unpacked(node.value, "meta record")
-                if kind == b"identity":
-                    _, self.state.store_id, self.state.number, self.state.created_ns = record
-                else:
-                    read_meta_record(other, node.key, record)
-            except (KvstoreError, ValueError, TypeError, struct.error):
-                continue
-            self._take(other)
+            if node.key.partition(b":")[0] in _SOUGHT_META and node.size <= META_BYTES_MAX:
+                value = self._file.value(node)
+                other = State(b"", self.number, 0)
+                with suppress(DamageError):
+                    take_meta(other, node.key, value if isinstance(value, bytes) else b"")
+                    self._take(other)
 
     def _take(self, other: State) -> None:
+        if other.store_id:
+            self.state.store_id, self.state.number = other.store_id, other.number
         for name, info in other.streams.items():
             known = self.state.streams.get(name)
             if known is None or known.versions[-1] < info.versions[-1]:
@@ -108,60 +155,73 @@ class SegmentFile:
         for node in self._file.nodes(b"index"):
             self._take_entry(node)
         for node in self._file.nodes(b"blocks"):
-            self._blocks.setdefault(node.key, []).append(node)
-        found: dict[int, int] = {}
-        for stream_id, _ in self._entries:
-            found[stream_id] = found.get(stream_id, 0) + 1
+            self._take_block(node)
+        found = {key: len(np.unique(each.sorted()[0])) for key, each in self._entries.items()}
         wanted = {key: totals.batches for key, totals in expected.items() if totals.batches}
         if len(self.problems) > before or found != wanted:
-            self._scan_batches(expected if is_exact else {})
+            for node in self._file.scan():
+                self._take_entry(node, expected if is_exact else None)
+                self._take_block(node)
 
-    def _scan_batches(self, expected: dict[int, Totals]) -> None:
-        for node in self._file.scan():
-            if len(node.key) == BATCH_KEY_BYTES:
-                self._take_entry(node, expected)
-            elif len(node.key) == _BLOCK_KEY_BYTES:
-                self._blocks.setdefault(node.key, []).append(node)
+    def _take_block(self, node: Node) -> None:
+        if len(node.key) == BLOCK_KEY_BYTES:
+            self._blocks.add(codec.checksum(node.key), node.overflow or node.place, node.place)
 
     def _take_entry(self, node: Node, expected: dict[int, Totals] | None = None) -> None:
         """expected: leaves out what stands in pages that were written but never committed."""
-        value = self._file.value(node)
-        if isinstance(value, str) or len(node.key) != BATCH_KEY_BYTES:
+        value = self._record(node)
+        if value is None:
             return
         try:
-            entry = read_entry(node.key, value)
-        except (DamageError, TypeError):
+            sequence = entry_of(node.key, value).sequence
+        except DamageError:
             return
-        stream_id, sequence = _STREAM.unpack_from(node.key)[0], entry.sequence
+        stream_id = _STREAM.unpack_from(node.key)[0]
         if expected is not None and stream_id in expected:
             totals = expected[stream_id]
             if not totals.next_sequence - totals.batches <= sequence < totals.next_sequence:
                 return
-        self._entries.setdefault((stream_id, sequence), {}).setdefault(node.key, entry)
+        places = self._entries.setdefault(stream_id, _Places())
+        places.add(sequence, codec.checksum(value), node.place)
+
+    def _record(self, node: Node) -> bytes | None:
+        """What may be an index record; one in overflow pages only once, however many name it."""
+        if len(node.key) != BATCH_KEY_BYTES or node.size > RECORD_BYTES_MAX:
+            return None
+        if not node.overflow:
+            return node.value
+        own_key = self._own_keys.get(node.overflow)
+        if own_key is not None and own_key != node.key:
+            return None
+        value = self._file.value(node)
+        if isinstance(value, str):
+            return None
+        if own_key is None:
+            own_key = own_key_of(value)
+        is_it = own_key == node.key
+        self._own_keys[node.overflow] = b"" if is_it else own_key
+        return value if is_it else None
 
     # ---- reading batches ----
 
-    def unknown(self, infos: dict[int, StreamInfo]) -> dict[int, list[Entry]]:
-        """What was found of streams whose definition is lost, by stream."""
-        found: dict[int, list[Entry]] = {}
-        for (stream_id, _), entries in self._entries.items():
-            if stream_id not in infos:
-                found.setdefault(stream_id, []).append(next(iter(entries.values())))
-        return found
+    def streams(self) -> list[int]:
+        """Ids of the streams of which batches were found."""
+        return sorted(self._entries)
 
-    def batches(self, infos: dict[int, StreamInfo]) -> Iterator[tuple[StreamInfo, Salvaged | Lost]]:
-        """Every batch that was found, in order of streams and arrival."""
-        for stream_id, sequence in sorted(self._entries):
-            info = infos.get(stream_id)
-            if info is None:
-                continue
-            results = [
-                self._salvage(info, entry)
-                for entry in self._entries[stream_id, sequence].values()
-                if len(entry.blocks) <= len(info.schema.fields)
-            ]
-            if results:
-                yield info, min(results, key=_loss)
+    def entries(self, stream_id: int) -> Iterator[Entry]:
+        """Index records of a stream in order of arrival; rarely, several of one batch."""
+        for place in self._entries.get(stream_id, _Places()).sorted()[1]:
+            node = self._file.node_at(int(place))
+            value = self._file.value(node) if node else ""
+            if node and isinstance(value, bytes):
+                with suppress(DamageError):  # that disk gives something else each time
+                    yield entry_of(node.key, value)
+
+    def batches(self, info: StreamInfo) -> Iterator[Salvaged | Lost]:
+        """Every batch of a stream that was found, in order of arrival."""
+        fitting = (e for e in self.entries(info.stream_id) if len(e.blocks) in info.versions)
+        for _, rivals in groupby(fitting, key=_sequence):
+            yield min((self._salvage(info, entry) for entry in rivals), key=_loss)
 
     def _salvage(self, info: StreamInfo, entry: Entry) -> Salvaged | Lost:
         batch: Batch = {}
@@ -194,50 +254,59 @@ class SegmentFile:
 
     def _candidates(self, entry: Entry, number: int) -> Iterator[bytes | None]:
         block = entry.blocks[number]
-        if len(block) > _PLACED:  # it stands in the record
+        if len(block) > PLACED:  # it stands in the record
             yield None
             return
-        for node in self._blocks.get(entry.key + _NUMBER.pack(number), []):
-            value = self._file.value(node)
-            if isinstance(value, bytes):
-                yield value
-        if not self._searched:
-            self._search_large()
+        yield from self._placed(entry, number)
+        if self._found_large is None:
+            self._found_large = self._search_large()
         if (page := self._found_large.get((block[2], block[3]))) is not None:
             yield self._file.large(page, block[2])
 
-    def _search_large(self) -> None:
-        """Look for blocks that no leaf page points to, by size and checksum."""
-        self._searched = True
-        wanted: dict[int, dict[tuple[int, int], set[int]]] = {}  # pages -> codec, size -> checksums
+    def _placed(self, entry: Entry, number: int) -> Iterator[bytes]:
+        """What leaf pages say is that block."""
+        key = entry.key + _NUMBER.pack(number)
+        for place in self._blocks.of(codec.checksum(key)):
+            node = self._file.node_at(place)
+            if node and (node.key, node.size) == (key, entry.blocks[number][2]):
+                value = self._file.value(node)
+                if isinstance(value, bytes):
+                    yield value
+
+    # ---- blocks that no leaf page points to ----
+
+    def _search_large(self) -> dict[tuple[int, int], int]:
+        """Their pages, by size and checksum."""
+        wanted: dict[tuple[int, bool], dict[int, set[int]]] = {}
         for kind, _, size, checksum, *_ in self._unplaced():
-            sizes = wanted.setdefault(self._file.overflow_pages(size), {})
-            sizes.setdefault((kind, size), set()).add(checksum)
+            pages = self._file.overflow_pages(size)
+            sizes = wanted.setdefault((pages, kind == codec.BLOSC), {})
+            sizes.setdefault(size, set()).add(checksum)
+        found: dict[tuple[int, int], int] = {}
         for page, count in self._file.scan_overflow() if wanted else ():
-            for (kind, size), checksums in wanted.get(count, {}).items():
-                self._match(page, kind, size, checksums)
+            told = _BLOSC_SIZE.unpack(self._file.large(page, _BLOSC_SIZE.size))[0]
+            blosc = wanted.get((count, True), {})
+            sizes = wanted.get((count, False), {}) | ({told: blosc[told]} if told in blosc else {})
+            for size, checksums in sizes.items():
+                checksum = codec.checksum(self._file.large(page, size))
+                if checksum in checksums:
+                    found[size, checksum] = page
+        return found
 
     def _unplaced(self) -> Iterator[Sequence[Any]]:
         """The blocks that are not where the table of blocks says."""
-        for entries in self._entries.values():
-            for entry in entries.values():
+        for stream_id in self._entries:
+            for entry in self.entries(stream_id):
                 for number, block in enumerate(entry.blocks):
-                    if len(block) == _PLACED and not self._is_placed(entry, number, block):
+                    if len(block) == PLACED and not self._is_placed(entry, number, block[3]):
                         yield block
 
-    def _is_placed(self, entry: Entry, number: int, block: Sequence[Any]) -> bool:
-        nodes = self._blocks.get(entry.key + _NUMBER.pack(number), [])
-        values = (self._file.value(node) for node in nodes if node.size == block[2])
-        return any(isinstance(v, bytes) and codec.checksum(v) == block[3] for v in values)
+    def _is_placed(self, entry: Entry, number: int, checksum: int) -> bool:
+        return any(codec.checksum(value) == checksum for value in self._placed(entry, number))
 
-    def _match(self, page: int, kind: int, size: int, checksums: set[int]) -> None:
-        if kind == codec.BLOSC:  # says its own size: that saves most of the checksums
-            head = self._file.large(page, _BLOSC_SIZE.size)
-            if len(head) < _BLOSC_SIZE.size or _BLOSC_SIZE.unpack(head)[0] != size:
-                return
-        checksum = codec.checksum(self._file.large(page, size))
-        if checksum in checksums:
-            self._found_large[size, checksum] = page
+
+def _sequence(entry: Entry) -> int:
+    return entry.sequence
 
 
 def _loss(result: Salvaged | Lost) -> int:

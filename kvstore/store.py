@@ -12,11 +12,12 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, Literal, NamedTuple, Self
 
 from kvstore import environment, retention
 from kvstore.errors import (
+    KvstoreError,
     SchemaError,
     StoreClosed,
     StoreError,
@@ -264,6 +265,11 @@ class Store:
         """Record a gap, in ns since 1970; durable with the next commit, as rows are."""
         self.writer().note(Gap(kind, start_ns, stop_ns, stream, rows, occurrences, detail))
 
+    def let_go(self) -> None:
+        """Close segments that were sealed or dropped meanwhile, and are kept open here."""
+        with suppress(KvstoreError):
+            self.state()
+
     def close(self) -> None:
         """Commit what was appended, close the files. Further use raises StoreClosed."""
         if self._closed or self._generation != environment.generation:
@@ -363,9 +369,17 @@ class Store:
 
     def _go_on_if_sealed(self) -> None:
         """Before any use of the active segment, which may be sealed, dropped and closed by now."""
-        while not self._layout.is_active(self._active.number):
+        while not self._is_active():
+            # It may be dropped any time, or give its name to another.
+            self._handles.close([self._active.number])
             self._active = self._keep(self._open_active(self._layout.active()))
             self._state = None
+
+    def _is_active(self) -> bool:
+        """Whether that file still is; where another has its name, the store was made anew."""
+        number = self._active.number
+        at = self._layout.segment_path(number)
+        return self._layout.is_active(number) and self._active.environment.is_at(at)
 
     def _keep(self, segment: Segment) -> Segment:
         """Hold on to an opened segment, and close the one that was opened first."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvstore import reading
 from kvstore.errors import DamageError, GapError
-from kvstore.export.conversions import Conversions
+from kvstore.export.exchange import Exchange
 from kvstore.follow import POLL_S, Follower, From, OnGap, Source
 from kvstore.reading import Inclusive, Scan
 from kvstore.replay import Replay
@@ -40,7 +40,7 @@ class Holder(Protocol):
     def writer(self) -> Writer: ...  # noqa: D102
 
 
-class Stream(Conversions):
+class Stream(Exchange):
     """One stream of an open store; get one from ``store.stream(name)`` or ``store[name]``."""
 
     def __init__(self, store: Holder, name: str, time: str):
@@ -165,16 +165,15 @@ class Stream(Conversions):
         Batches are handed out at (their first time - the first time of all) / speed after the
         first, cut so that rows leave within a millisecond of their own time. speed=0: as fast as
         possible. loop: begin anew at the end. Ends early once ``stop_when()`` is true.
-        ``lateness()`` of the result says how well the pace was kept.
+        ``lateness()`` of the result says how well the pace was kept. on_damage is told, too, of
+        a segment that retention drops before its turn: a replay may take hours.
         """
         time = self.schema.time
         names = None if fields is None else list(fields)
         drop_time = names is not None and time not in names
         wanted = [*names, time] if names is not None and drop_time else names
         return Replay(
-            lambda: self.read(
-                start, stop, fields=wanted, unit=unit, ordered=True, on_damage=on_damage
-            ),
+            lambda: self._replayed(start, stop, fields=wanted, unit=unit, on_damage=on_damage),
             time,
             drop_time=drop_time,
             speed=speed,
@@ -183,6 +182,35 @@ class Stream(Conversions):
             clock=clock,
             sleep=sleep,
         )
+
+    def _replayed(
+        self,
+        start: TimeLike | None,
+        stop: TimeLike | None,
+        *,
+        fields: Sequence[str] | None,
+        unit: Unit | None,
+        on_damage: OnDamage | None,
+    ) -> Iterator[Batch]:
+        scan = self._scan(start, stop, unit=unit, inclusive="both", on_damage=on_damage)
+
+        def is_dropped(number: int) -> bool:
+            if found := self._store.is_dropped(number):
+                held = {n: sealed.totals for n, sealed in scan.state.sealed.items()}
+                totals = held.get(number, scan.state.totals)[scan.info.stream_id]
+                rows = reading.rows_text(scan.info.schema, totals)
+                scan.on_damage(
+                    DamageError(
+                        f"stream {self.name!r}, {rows}: the segment was dropped before its turn"
+                    )
+                )
+            return found
+
+        scan = scan._replace(
+            is_dropped=is_dropped,
+            open_segment=lambda number: self._store.open_segment(number, keep=False),
+        )
+        return reading.read(scan, fields, ordered=True, verify=True)
 
     def count(
         self,

@@ -1,42 +1,46 @@
 """``verify``: a whole store against itself; names stream, field and time span of each damage.
 
 Each segment is checked (check.py), then they are held against one another: file sizes and
-summaries of sealed segments, sequences that continue from one to the next. Never changes a byte
-of the store; what ``since_last`` remembers stands in a file of its own beside it.
+summaries of sealed segments, definitions of streams, sequences that go on from one to the next.
+Never changes a byte of the store; what ``since_last`` remembers stands in a file of its own
+beside it.
 
-A segment that nobody writes to is read without LMDB, and cannot harm us. The active one, while
-a writer lives, is read through LMDB in a child process: a damaged page may kill it, and then
-that is the damage.
+Segments are read without LMDB, so no damage can harm us. While a writer lives, a transaction
+holds one commit of the active one. That pins the pages which later commits free: its file grows
+by some 30 KB for each commit until it is checked, and is sealed the earlier for it. The other
+ways lost: LMDB itself would have to run in a child process, which a damaged page may kill or
+send in circles; a copy needs room.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-import pickle
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from kvstore import codec
-from kvstore.check import Damage, LiveSource, SegmentCheck
-from kvstore.environment import translated
+from kvstore.check import SegmentCheck
+from kvstore.environment import open_environment, translated
 from kvstore.errors import KvstoreError, StoreError, StoreFormatError
 from kvstore.layout import Layout, sync_folder
-from kvstore.pages import PageFile
-from kvstore.segment import Sealed, Segment, State, Totals
+from kvstore.pages import PageFile, Report
+from kvstore.segment import Dropped, Sealed, State, Totals
+from kvstore.untrusted import Damage, read_state
 
-_CHILD: Final = "from kvstore.verify import check_live; check_live()"
+_TRIES_MAX: Final = 20  # writers that may begin while the active segment is read
 _PAUSE_S_MIN: Final = 0.01  # shorter ones are saved up: sleeping is not that exact
-_TELL_BYTES: Final = 1 << 20  # progress of a child, in steps that cost nothing
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 class VerifyReport(NamedTuple):
-    """What was looked at, and what is wrong. skipped: segments found verified before."""
+    """What was looked at, and what is wrong. skipped: segments found verified before.
+
+    notes: what should be known beside.
+    """
 
     path: str
     damages: tuple[Damage, ...]
@@ -44,16 +48,14 @@ class VerifyReport(NamedTuple):
     skipped: int
     rows: int
     bytes: int
+    notes: tuple[str, ...] = ()
 
 
 class _Checked(NamedTuple):
     """What the check of one segment tells the check of the whole."""
 
-    store_id: bytes
-    number: int
-    last_commit_ns: int
+    state: State
     totals: dict[int, Totals]
-    sealed: dict[int, Sealed]
     rows: int
 
 
@@ -65,14 +67,17 @@ def verify(
     state_path: str | os.PathLike[str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> VerifyReport:
-    """Check everything in a store; a writer may be writing to it.
+    """Check everything in a store as of now; a writer may be writing to it.
 
     rate_bytes_s: at most so many bytes a second are read. since_last: leave out sealed segments
     that an earlier run, even an interrupted one, with since_last found sound and whose size and
     time of change are what they were; damage that came without a write is not seen in those.
-    state_path: where that is remembered; by default PATH.verified, beside the store.
+    state_path: where that is remembered; by default PATH.verified, beside the store. Where that
+    cannot be written, ``notes`` says so.
 
-    Raises StoreNotFound, and StoreFormatError for a newer format.
+    In the writer's own process, a commit that failed is tried again only once the active segment
+    has been looked at. Raises StoreNotFound, StoreFormatError for a newer format, and StoreError
+    where files may not be read.
     """
     known = _Known(path, state_path, wanted=since_last)
     return _Verify(Layout(path), _Pace(rate_bytes_s), known, on_progress).run()
@@ -109,7 +114,8 @@ class _Known:
         *,
         wanted: bool,
     ):
-        beside = Path(path).absolute()
+        beside = Path(path).resolve()
+        self.problem = ""
         self._path = Path(state_path) if state_path else beside.with_name(beside.name + ".verified")
         self._wanted = wanted
         self._sound: dict[int, list[Any]] = {}
@@ -119,19 +125,23 @@ class _Known:
         if self._wanted and self._path.exists():
             with translated(self._path):
                 data = self._path.read_bytes()
-            try:
+            with suppress(KvstoreError, ValueError, TypeError):  # damaged: all is checked
                 owner, sound = codec.unpacked(data, self._path.name)
-            except KvstoreError:
-                return  # a damaged note is no note: everything is checked
-            self._sound = sound if owner == store_id else {}
+                self._sound = dict(sound) if owner == store_id else {}
 
     def has(self, number: int, file: Path) -> bool:
         return self._wanted and number in self._sound and self._sound[number] == _stamp(file)
 
     def add(self, number: int, stamp: list[int]) -> None:
-        if not self._wanted:
+        if not self._wanted or self.problem:
             return
         self._sound[number] = stamp
+        try:
+            self._write()
+        except StoreError as error:  # a full disk: what was found matters more
+            self.problem = f"what was verified cannot be remembered for --since-last: {error}"
+
+    def _write(self) -> None:
         fresh = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         with translated(self._path):
             try:
@@ -148,7 +158,7 @@ class _Known:
 def _stamp(file: Path) -> list[int]:
     with translated(file):
         found = file.stat()
-    return [found.st_size, found.st_mtime_ns]
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
 
 
 class _Verify:
@@ -160,8 +170,10 @@ class _Verify:
         self._known = known
         self._on_progress = on_progress
         self._damages: list[Damage] = []
+        self._missing: list[Damage] = []
         self._store_id = b""
         self._sizes: dict[int, int] = {}
+        self._newest: _Checked | None = None
         self._done_bytes = self._segment_bytes = self._segments = self._skipped = self._rows = 0
 
     def run(self) -> VerifyReport:
@@ -170,11 +182,12 @@ class _Verify:
         if not numbers:
             self._damages.append(Damage(0, "there is no segment, expected at least one"))
         self._sizes = {number: self._size(number) for number in numbers}
-        active = self._check(numbers[-1], is_active=True) if numbers else None
-        sealed = active.sealed if active else {}
+        self._newest = self._check(numbers[-1], is_active=True) if numbers else None
+        sealed = self._newest.state.sealed if self._newest else {}
         for number in sorted({*numbers[:-1], *sealed}):
             self._check_sealed(number, sealed.get(number))
-        self._check_sequences(sealed)
+        self._check_sequences()
+        self._damages += self._still_missing()
         return VerifyReport(
             str(self._layout.path),
             tuple(sorted(self._damages, key=lambda each: each.segment)),
@@ -182,6 +195,7 @@ class _Verify:
             self._skipped,
             self._rows,
             self._done_bytes,
+            tuple(filter(None, [self._known.problem])),
         )
 
     def _check_identity(self) -> None:
@@ -194,185 +208,172 @@ class _Verify:
         self._known.load(self._store_id)
 
     def _size(self, number: int) -> int:
-        path = self._layout.segment_path(number)
-        return path.stat().st_size if path.exists() else 0
+        with suppress(FileNotFoundError):
+            return self._layout.segment_path(number).stat().st_size
+        return 0
+
+    # ---- one segment ----
 
     def _check_sealed(self, number: int, summary: Sealed | None) -> None:
         file = self._layout.segment_path(number)
-        if not file.exists():
-            if number in self._sizes and summary is None:
-                return  # dropped meanwhile
+        before = len(self._damages)
+        try:
+            stamp = _stamp(file)
+            if summary and stamp[0] != summary.file_bytes:
+                what = f"the file has {stamp[0]} bytes, expected {summary.file_bytes}"
+                self._damages.append(Damage(number, what))
+            elif self._known.has(number, file):
+                self._skipped += 1
+                self._done_bytes += self._sizes.get(number, 0)
+                return
+            checked = self._check(number)
+        except StoreError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
             rows = sum(totals.rows for totals in summary.totals.values()) if summary else 0
-            self._damages.append(Damage(number, "the segment is missing", rows=rows))
+            self._missing.append(Damage(number, "the segment is missing", rows=rows))
             return
-        if summary and file.stat().st_size != summary.file_bytes:
-            what = f"the file has {file.stat().st_size} bytes, expected {summary.file_bytes}"
-            self._damages.append(Damage(number, what))
-        elif self._known.has(number, file):
-            self._skipped += 1
-            self._done_bytes += self._sizes.get(number, 0)
-            return
-        stamp, before = _stamp(file), len(self._damages)
-        checked = self._check(number)
-        if summary is not None and checked is not None:
+        if summary and checked:
             self._compare(checked, summary)
-        if len(self._damages) == before and summary is not None:
+        if len(self._damages) == before and summary:
             self._known.add(number, stamp)
 
     def _compare(self, checked: _Checked, summary: Sealed) -> None:
-        if checked.last_commit_ns != summary.last_commit_ns:
+        if checked.state.last_commit_ns != summary.last_commit_ns:
             what = "its last commit is not the one that later segments know: commits are lost"
             self._damages.append(Damage(summary.number, what))
         elif checked.totals != summary.totals:
             what = "its totals are not those that later segments know"
             self._damages.append(Damage(summary.number, what))
+        for name, info in checked.state.streams.items():
+            newest = self._newest and self._newest.state.streams.get(name)
+            if newest and (
+                newest.stream_id != info.stream_id
+                or newest.versions[: len(info.versions)] != info.versions
+                or newest.schema.first(len(info.schema.fields)) != info.schema
+            ):
+                what = "its definition of the stream is not the one that later segments extend"
+                self._damages.append(Damage(summary.number, what, name))
 
     def _check(self, number: int, *, is_active: bool = False) -> _Checked | None:
         """Check one segment; None where nothing can be said of it."""
         self._segments += 1
         self._segment_bytes = 0
-        before = len(self._damages)
-        seen_writer = self._layout.writer()
+        checked: _Checked | None = None
         try:
-            if is_active and self._layout.is_shared(number):
-                checked = self._check_in_child(number)
-            else:
-                checked = self._check_pages(number)
-                if is_active and len(self._damages) > before and self._began(seen_writer):
-                    del self._damages[before:]  # a writer began: what was read may be torn
-                    checked = self._check_in_child(number)
+            checked, found = self._look(number, is_active=is_active)
         except StoreError as error:
-            self._damages.append(Damage(number, str(error)))
-            checked = None
+            if not _is_damage(error):
+                raise
+            found = [Damage(number, str(error))]
+        self._damages += found
         self._done_bytes += max(self._sizes.get(number, 0), self._segment_bytes)
         self._segment_bytes = 0
         self._spend(0)
         if checked is not None:
             self._rows += checked.rows
-            self._check_owner(number, checked)
+            self._check_owner(number, checked.state)
         return checked
 
-    def _began(self, seen_writer: bytes) -> bool:
-        return self._layout.writer() != seen_writer
+    def _look(self, number: int, *, is_active: bool) -> tuple[_Checked, list[Damage]]:
+        for _ in range(_TRIES_MAX):
+            found: list[Damage] = []
+            seen_writer = self._layout.writer()
+            with self._opened(number, found, is_active=is_active) as file:
+                check = SegmentCheck(number, file, found.append, self._spend)
+                check.run()
+            has_begun = is_active and self._layout.writer() != seen_writer
+            if not (found and has_begun):  # else what was read may be torn
+                break
+        totals = {key: each for key, each in check.state.totals.items() if each.rows}
+        rows = sum(each.rows for each in check.found.values())
+        return _Checked(check.state, totals, rows), found
 
-    def _check_owner(self, number: int, checked: _Checked) -> None:
-        if checked.number != number:
-            self._damages.append(Damage(number, f"the file holds segment {checked.number}"))
-        if checked.store_id and self._store_id not in (b"", checked.store_id):
-            what = f"the file is of the store {checked.store_id.hex()}"
-            self._damages.append(Damage(number, what))
+    @contextmanager
+    def _opened(self, number: int, found: list[Damage], *, is_active: bool) -> Iterator[PageFile]:
+        path = self._layout.segment_path(number)
 
-    def _check_pages(self, number: int) -> _Checked:
         def structure(what: str) -> None:
-            self._damages.append(Damage(number, what))
+            found.append(Damage(number, what))
 
-        with PageFile(self._layout.segment_path(number), structure) as file:
-            check = SegmentCheck(number, file, self._damages.append, self._spend)
-            check.run()
-            file.check_free()
-        return _outcome(check)
+        if is_active and self._layout.is_shared(number):
+            with _pinned(path, structure) as file:
+                yield file
+        else:
+            with PageFile(path, structure) as file:
+                yield file
 
-    def _check_in_child(self, number: int) -> _Checked | None:
-        arguments = [str(self._layout.path), str(number), str(self._pace.rate_bytes_s or "")]
-        paths = os.pathsep.join(filter(None, sys.path))
-        child = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": paths},
-        )
-        try:
-            with child:
-                return self._hear(number, child)
-        except BaseException:
-            child.kill()
-            raise
-
-    def _hear(self, number: int, child: subprocess.Popen[bytes]) -> _Checked | None:
-        assert child.stdout is not None
-        while True:
-            try:
-                told = pickle.load(child.stdout)  # noqa: S301  # our own child's
-            except (EOFError, pickle.UnpicklingError):
-                code = child.wait()
-                cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                what = (
-                    f"reading it through LMDB killed the process ({cause}): its pages are damaged"
-                )
-                self._damages.append(Damage(number, what))
-                return None
-            if isinstance(told, Damage):
-                self._damages.append(told)
-            elif isinstance(told, int):
-                self._progress(told)
-            else:
-                checked: _Checked = told
-                return checked
+    def _check_owner(self, number: int, state: State) -> None:
+        if state.number != number:
+            self._damages.append(Damage(number, f"the file holds segment {state.number}"))
+        if state.store_id and self._store_id not in (b"", state.store_id):
+            self._damages.append(Damage(number, f"the file is of the store {state.store_id.hex()}"))
 
     def _spend(self, size: int) -> None:
         self._pace.spend(size)
-        self._progress(size)
-
-    def _progress(self, size: int) -> None:
         self._segment_bytes += size
         if self._on_progress:
             total = max(sum(self._sizes.values()), 1)
             self._on_progress(min(self._done_bytes + self._segment_bytes, total), total)
 
-    def _check_sequences(self, sealed: dict[int, Sealed]) -> None:
+    # ---- the whole ----
+
+    def _check_sequences(self) -> None:
         """Each segment goes on, in each stream, where the one before it ended."""
+        if self._newest is None:
+            return
+        state = self._newest.state
+        each_totals = {number: each.totals for number, each in state.sealed.items()}
+        each_totals[state.number] = self._newest.totals
         following: dict[int, int] = {}
-        for number in sorted(sealed):
-            if number - 1 not in sealed:
+        for number in sorted(each_totals):
+            if number - 1 not in each_totals:
                 following = {}  # what came before was dropped
-            for stream_id, totals in sealed[number].totals.items():
+            for stream_id, totals in each_totals[number].items():
                 begins = totals.next_sequence - totals.batches
                 if following.get(stream_id, begins) != begins:
                     what = f"begins with batch {begins}, expected {following[stream_id]}"
                     self._damages.append(Damage(number, what, f"number {stream_id}"))
                 following[stream_id] = totals.next_sequence
+        for name, info in state.streams.items():
+            gone = state.dropped.get(info.stream_id, Dropped()).totals.batches
+            batches = state.stream_totals(info.stream_id).batches + gone
+            expected = state.stream_totals(info.stream_id).next_sequence
+            if batches != expected:
+                what = f"its meta table knows {batches} batches, expected {expected}"
+                self._damages.append(Damage(state.number, what, name))
+
+    def _still_missing(self) -> list[Damage]:
+        """Of the segments that were not there, those that were not dropped meanwhile.
+
+        A drop is recorded in the active segment before the file goes.
+        """
+        if not self._missing or self._newest is None:
+            return self._missing
+        number = self._layout.active()
+        with self._opened(number, [], is_active=True) as file:
+            state = read_state(file.items(b"meta"), number, lambda _: None)
+        return [each for each in self._missing if each.segment in state.sealed]
 
 
-def _outcome(check: SegmentCheck) -> _Checked:
-    state: State = check.state
-    return _Checked(
-        state.store_id,
-        state.number,
-        state.last_commit_ns,
-        {key: totals for key, totals in state.totals.items() if totals.rows},
-        state.sealed,
-        sum(totals.rows for totals in check.found.values()),
-    )
+def _is_damage(error: StoreError) -> bool:
+    cause = error.__cause__
+    is_broken = isinstance(cause, OSError) and cause.errno == errno.EIO
+    return is_broken or isinstance(error, StoreFormatError)
 
 
-def check_live() -> None:
-    """In the child: check the active segment through LMDB, tell the parent by pickles."""
-    path, number, rate = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    out = sys.stdout.buffer
-    pace = _Pace(float(rate) if rate else None)
-    untold = 0
-
-    def tell(what: object) -> None:
-        pickle.dump(what, out)
-        out.flush()
-
-    def spend(size: int) -> None:
-        nonlocal untold
-        pace.spend(size)
-        untold += size
-        if untold >= _TELL_BYTES:
-            tell(untold)
-            untold = 0
-
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # without its parent it ends without a word
-    layout = Layout(path)
+@contextmanager
+def _pinned(path: Path, report: Report) -> Iterator[PageFile]:
+    """The file as of its last commit, whose pages stay as they are meanwhile."""
+    environment = open_environment(path, "shared")
     try:
-        segment = Segment.open(layout.segment_path(number), number, "shared", store_id=b"")
-        check = SegmentCheck(number, LiveSource(segment), tell, spend, is_live=True)
-        check.run()
-        segment.close()
-    except KvstoreError as error:
-        tell(Damage(number, str(error)))
-        tell(_Checked(b"", number, 0, {}, {}, 0))
-    else:
-        tell(_outcome(check))
+        for remaining in reversed(range(_TRIES_MAX)):
+            with (
+                environment.read() as transaction,
+                PageFile(path, report, txn_id=transaction.id()) as file,
+            ):
+                if file.meta or not remaining:  # else two commits came before it was opened
+                    yield file
+                    return
+    finally:
+        environment.close()

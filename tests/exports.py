@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 import kvstore
 from kvstore.schema import Field, Schema
@@ -84,3 +85,17 @@ def assert_same_rows(found, expected):
     assert list(found) == list(expected)
     for name, column in expected.items():
         assert same(found[name], column), name
+
+
+LIBRARY = {"parquet": "pyarrow", "arrow": "pyarrow", "h5": "h5py", "zarr": "zarr"}
+
+
+def need(suffix):
+    """Skip where the library of a format is missing; CI installs them all."""
+    if suffix in LIBRARY:
+        pytest.importorskip(LIBRARY[suffix])
+
+
+def need_torch():
+    """No part of what CI installs: 754 MB, of the CPU's build."""
+    return pytest.importorskip("torch", reason="torch is an extra of its own: 'kvstore[torch]'")

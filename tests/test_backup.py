@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import check_store, start
+from stores import ROOT, check_store, start
 from test_damage import BATCHES, ROWS, block_of, content, flip, flip_value, segments
 from test_disk_full import mounted
 from test_verify import command, files_of
@@ -27,6 +28,8 @@ from kvstore import (
     StoreFormatError,
     StoreLocked,
     backup,
+    codec,
+    copies,
     verify,
 )
 
@@ -103,11 +106,12 @@ def test_while_being_written_it_holds_what_was_committed_before(path, dest):
                 store.stream("s").append(content(number), marks={"number": number})
                 store.flush()
                 committed[0] = number
+                time.sleep(0.005)  # else the store outgrows its checks
 
     thread = threading.Thread(target=write)
     thread.start()
     try:
-        for _ in range(8):
+        for _ in range(5):
             at_least = committed[0]
             backup(path, dest)
             assert numbers(dest)[-1] >= at_least
@@ -134,6 +138,59 @@ def test_segments_dropped_meanwhile_are_not_waited_for(path, dest, monkeypatch):
     assert [(each.segment, each.what) for each in report.damages] == [
         (1, "the segment is missing in the store")
     ]
+
+
+def test_what_the_store_has_dropped_is_dropped_from_its_backup(path, dest):
+    grow(path, BATCHES, 4 * BATCHES)
+    backup(path, dest)
+    with kvstore.open(path, "w", segment_bytes=64 << 10) as store:
+        store.pin(0, 1, "door", unit="s")
+        assert store.drop(2 * BATCHES, unit="s")["segments"] > 2
+    report = backup(path, dest)
+    assert report.damages == ()
+    assert [file.name for file in segments(dest)] == [file.name for file in segments(path)]
+    with kvstore.open(path) as store, kvstore.open(dest) as copy:
+        assert (copy.pins(), copy.gaps()) == (store.pins(), store.gaps())
+        assert copy["s"].count() == store["s"].count()
+    assert verify(dest).damages == ()
+
+
+def test_retention_at_work_meanwhile_disturbs_nothing(path, dest):
+    """Segments go while they are copied; what the backup holds is what one commit knew."""
+    code = """
+        import sys, numpy as np, kvstore
+        limits = kvstore.Settings(max_bytes=4 << 20)
+        with kvstore.open(sys.argv[1], "w", segment_bytes=256 << 10, settings=limits) as store:
+            print("writing", flush=True)
+            k = 0
+            while True:
+                x = np.random.default_rng(k).integers(0, 1 << 60, (50, 99))
+                store.stream("t").append({"time": np.arange(50.0) + k, "x": x})
+                k += 1
+    """
+    seen = set()
+    with start(code, path) as child:
+        child.stdout.readline()
+        for _ in range(6):
+            time.sleep(0.1)
+            report = backup(path, dest)
+            assert report.damages == ()
+            assert verify(dest).damages == ()
+            assert verify(path).damages == ()
+            seen.add(segments(dest)[0].name)
+        child.kill()
+    assert len(seen) > 1, "nothing was dropped meanwhile"
+
+
+def test_a_second_backup_copies_only_what_is_new(path, dest):
+    first = backup(path, dest)
+    assert first.copied_bytes == sum(file.stat().st_size for file in segments(path))
+    known = {file.name for file in segments(path)[:-1]}
+    grow(path, BATCHES, BATCHES + 4)
+    second = backup(path, dest)
+    new = [file for file in segments(path) if file.name not in known]
+    assert second.copied_bytes == sum(file.stat().st_size for file in new)
+    assert second.copied_bytes < first.copied_bytes
 
 
 # ---- what it refuses ----
@@ -165,7 +222,7 @@ def test_a_backup_that_was_written_to_is_left_alone(path, dest):
 
 
 def test_one_at_a_time(path, dest):
-    with backups._locked_folder(dest), pytest.raises(StoreLocked):
+    with copies.locked_folder(dest), pytest.raises(StoreLocked):
         backup(path, dest)
 
 
@@ -178,7 +235,7 @@ def test_a_damaged_source_does_not_replace_a_good_backup(path, dest):
             report = backup(path, dest)
             assert "that one is kept" in report.damages[0].what
         else:
-            with pytest.raises(StoreFormatError, match="truncated"):
+            with pytest.raises(DamageError, match="truncated"):
                 backup(path, dest)
         assert numbers(dest) == list(range(BATCHES))
         file.write_bytes(data)
@@ -190,18 +247,45 @@ def test_a_damaged_source_does_not_replace_a_good_backup(path, dest):
     assert numbers(dest) == list(range(BATCHES))
 
 
-def test_a_segment_damaged_since_it_was_active_does_not_replace_its_copy(path, dest):
+def test_of_a_segment_damaged_since_it_was_active_the_earlier_copy_is_kept(path, dest):
+    """One flipped bit must neither cost a sound copy nor end all backing up."""
     backup(path, dest)
     file = segments(path)[-1]
+    sound = (dest / "segments" / file.name).read_bytes()
     grow(path, BATCHES, 2 * BATCHES)
     _, block = block_of(file, "large")
     flip_value(file, block)
-    with pytest.raises(DamageError, match="checksum"):
-        backup(path, dest)
-    assert numbers(dest) == list(range(BATCHES))
-    fresh = dest.with_name("fresh.kv")
-    (damage,) = backup(path, fresh).damages  # better than no backup at all
+    damage, kept = backup(path, dest).damages
     assert (damage.stream, damage.field, damage.rows) == ("s", "noise", ROWS)
+    assert kept.what == f"its earlier copy is kept as {file.name}.kept"
+    assert (dest / "segments" / f"{file.name}.kept").read_bytes() == sound
+    grow(path, 2 * BATCHES, 3 * BATCHES)
+    assert backup(path, dest).damages == ()  # it is there, as good as it gets
+    (found,) = verify(dest).damages
+    assert (found.segment, found.field) == (int(file.stem), "noise")
+    assert (dest / "segments" / f"{file.name}.kept").read_bytes() == sound
+
+
+def test_a_damaged_block_in_the_active_segment_does_not_end_backing_up(path, dest):
+    backup(path, dest)
+    grow(path, BATCHES, BATCHES + 1)
+    file = segments(path)[-1]
+    backup(path, dest)
+    sound = (dest / "segments" / file.name).read_bytes()
+    _, block = block_of(file, "large")
+    flip_value(file, block)
+    for copy in (dest, dest, dest.with_name("fresh.kv")):
+        report = backup(path, copy)
+        assert report.damages[0].field == "noise"
+        assert [each.segment for each in verify(copy).damages] == [int(file.stem)]
+    assert (dest / "segments" / f"{file.name}.kept").read_bytes() == sound
+
+
+def test_a_store_without_segments_is_named(path, dest):
+    for file in segments(path):
+        file.unlink()
+    with pytest.raises(StoreFormatError, match="no segment there"):
+        backup(path, dest)
 
 
 def test_a_damaged_manifest_is_named(path, dest):
@@ -212,12 +296,43 @@ def test_a_damaged_manifest_is_named(path, dest):
 
 
 def test_a_disk_that_does_not_keep_what_it_is_given_is_found(path, dest, monkeypatch):
-    checksum = backups._checksum
-    monkeypatch.setattr(backups, "_checksum", lambda file: checksum(file) ^ 1)
+    _, block = block_of(segments(path)[0], "large")
+
+    def sync(file):
+        if block in file.read_bytes():
+            flip_value(file, block)
+
+    monkeypatch.setattr(backups, "sync_file", sync)
     with pytest.raises(StoreError, match="read back"):
         backup(path, dest)
     with pytest.raises(kvstore.StoreNotFound):
         kvstore.open(dest)
+
+
+def documented(name):
+    """The bytes of an example in docs/format.md."""
+    text = (ROOT / "docs/format.md").read_text()
+    (digits,) = re.findall(rf"^{name} record\n((?:[0-9a-f ]+\n)+)", text, re.MULTILINE)
+    return bytes.fromhex(digits)
+
+
+def test_the_documents_records_are_read_as_documented(path, dest, tmp_path):
+    (tmp_path / "backup.msgpack").write_bytes(documented("backup"))
+    manifest = backups._read_manifest(tmp_path / "backup.msgpack")
+    assert manifest.sealed == {1: (73728, 0x1234567890ABCDEF)}
+    assert codec.packed(manifest) == documented("backup")
+    backup(path, dest)
+    made = backups._read_manifest(dest / "backup.msgpack")
+    assert made.sealed[2] == (
+        segments(dest)[1].stat().st_size,
+        copies.checksum_of(segments(dest)[1]),
+    )
+    verify(path, since_last=True)
+    found = segments(path)[0].stat()
+    store_id, sound = codec.unpacked(documented("verified"), "")
+    assert (store_id, sound) == (manifest.store_id, {1: [73728, manifest.complete_ns, 1234567]})
+    note = codec.unpacked(path.with_name("run.kv.verified").read_bytes(), "")
+    assert note[1][1] == [found.st_size, found.st_mtime_ns, found.st_ino]
 
 
 # ---- cut short ----

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as cli
-from bench import measure, process, workload
+from bench import measure, process, soak, soak_roles, workload
 from bench.figure import BenchError, Figure, Measurement, Rule, Setting
 
 NAMES = [measurement.name for measurement in cli.MEASUREMENTS]
@@ -169,6 +169,71 @@ def test_what_cannot_be_measured_is_reported_and_the_exit_code_says_so(
         record["host"]
     )
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_soak_checks_its_books(tmp_path):
+    report = tmp_path / "soak.json"
+    arguments = ["soak", "--tiny", "--dir", str(tmp_path), "--json", str(report)]
+    assert cli.main(arguments) == 0
+    record = json.loads(report.read_text())
+    figures = record["figures"]
+    assert record["broken"] == []
+    assert figures["rows"] == figures["fast"]["rows"] + figures["fast"]["rows_in_gaps"]
+    assert figures["rows"] == figures["paced"]["rows"] + figures["paced"]["rows_in_gaps"]
+    assert figures["paced"]["gaps"] > 0, "retention overtook nobody"
+    assert figures["commit"]["unlinks"] > 0
+    assert figures["verify"]["runs"] * figures["pins"]["pins"] > 0
+    assert all(memory["second_half_max"] > 0 for memory in figures["anon_mb"].values())
+    assert [path.name for path in tmp_path.iterdir()] == ["soak.json"]
+
+
+def rows_of_a_follower(*numbers):
+    seen = soak_roles._Seen()
+    for sequence, number in enumerate(numbers):
+        if number is None:
+            seen.gap(None)
+        else:
+            seen.batch(sequence, {"number": np.array(number), "sent_ns": np.zeros(2, int)})
+    return seen.rows, seen.rows_in_gaps, seen.lost, seen.doubled
+
+
+def test_a_soak_tells_what_is_lost_from_what_is_accounted_for():
+    assert rows_of_a_follower([5, 6], [7, 8]) == (4, 0, 0, 0)
+    assert rows_of_a_follower([0, 1], None, [9, 10]) == (4, 7, 0, 0)
+    assert rows_of_a_follower([0, 1], [9, 10]) == (4, 0, 7, 0)
+    assert rows_of_a_follower([0, 1], None, [9, 10], [12, 13]) == (6, 7, 1, 0)
+    assert rows_of_a_follower([0, 3]) == (2, 0, 2, 0)
+    assert rows_of_a_follower([0, 1], [1, 2]) == (4, 0, 0, 1)
+
+
+def sound(**changes):
+    follower = {"lost_rows": 0, "doubled_rows": 0, "damages": 0}
+    return {
+        "fast": follower,
+        "paced": follower,
+        "verify": {"damages": []},
+        "pins": {"lost_rows": 0},
+        "disk": {"used_bytes_max": 10},
+        "anon_mb": {"writer": {"first_half_max": 10, "second_half_max": 20}},
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({}, None),
+        ({"fast": {"lost_rows": 2, "doubled_rows": 0, "damages": 0}}, "fast: 2 lost_rows"),
+        ({"paced": {"lost_rows": 0, "doubled_rows": 3, "damages": 0}}, "paced: 3 doubled_rows"),
+        ({"verify": {"damages": ["it is torn"]}}, "it is torn"),
+        ({"pins": {"lost_rows": 4}}, "4 rows of pinned"),
+        ({"disk": {"used_bytes_max": soak.TINY.max_bytes + 1}}, "bytes used, limit"),
+        ({"anon_mb": {"fast": {"first_half_max": 1, "second_half_max": 99}}}, "grew by 98 MB"),
+    ],
+)
+def test_a_soak_says_what_does_not_hold(broken, said):
+    found = soak._broken(soak.TINY, sound(**broken))
+    assert found == [] if said is None else said in found[0]
 
 
 def test_unknown_names_and_sizes_are_wrong_usage(capsys):

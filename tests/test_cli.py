@@ -299,7 +299,11 @@ def test_a_dash_is_stdout_and_a_device_stays_a_device(store, tmp_path):
 def test_an_unfinished_output_file_is_not_seen_and_not_left(tmp_path, number, code):
     run("write", "big.kv", data=framed(particles(3000)), cwd=tmp_path)
     process = start("read", "big.kv", "-o", "out.jsonl", cwd=tmp_path)
-    wait_for(lambda: list(tmp_path.glob(".out.jsonl.*.tmp")), "the unfinished file", process)
+    wait_for(
+        lambda: any(file.stat().st_size for file in tmp_path.glob(".out.jsonl.*.tmp")),
+        "the unfinished file, which has no bytes until it is open",
+        process,
+    )
     assert not (tmp_path / "out.jsonl").exists()
     process.send_signal(number)
     assert ended(process).code == code

@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
-from exports import ROWS, SCHEMA, TIMES, everything, same, small_store, timed_rows
+from exports import ROWS, SCHEMA, TIMES, everything, need_torch, same, small_store, timed_rows
 
 import kvstore
 from kvstore.errors import KvstoreError, SchemaError
@@ -120,7 +120,7 @@ def many(path, dtype="float64", batches=40, rows=100):
 
 
 def loader(dataset, workers, method="fork"):
-    data = pytest.importorskip("torch.utils.data")
+    data = need_torch().utils.data
     context = method if workers else None
     return data.DataLoader(
         dataset, batch_size=None, num_workers=workers, multiprocessing_context=context
@@ -133,7 +133,7 @@ def ids(batches):
 
 @pytest.mark.parametrize("dtype", TIMES)
 def test_a_dataset_for_training_has_every_row_once(path, dtype):
-    torch = pytest.importorskip("torch")
+    torch = need_torch()
     stream = many(path, dtype)
     dataset = stream.to_torch()
     assert isinstance(dataset, torch.utils.data.IterableDataset)
@@ -145,9 +145,9 @@ def test_a_dataset_for_training_has_every_row_once(path, dtype):
     assert sorted(ids(loader(dataset, 0))) == list(range(4000)), "a second epoch"
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_share_the_range_and_open_the_store_themselves(path, method):
-    pytest.importorskip("torch")
+    need_torch()
     dataset = many(path).to_torch(fields=["x"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about CPUs and fork
@@ -155,7 +155,7 @@ def test_workers_share_the_range_and_open_the_store_themselves(path, method):
 
 
 def test_each_worker_has_about_its_share(path, monkeypatch):
-    torch = pytest.importorskip("torch")
+    torch = need_torch()
     from kvstore.export import torch as ours  # noqa: PLC0415  # needs torch
 
     dataset = many(path).to_torch(fields=["x"])
@@ -170,7 +170,7 @@ def test_each_worker_has_about_its_share(path, monkeypatch):
 
 
 def test_batches_of_so_many_rows(path):
-    pytest.importorskip("torch")
+    need_torch()
     dataset = many(path).to_torch(100.0, 900.0, fields=["x"], batch_rows=64)
     sizes = [len(batch["x"]) for batch in dataset]
     assert set(sizes[:-1]) == {64}
@@ -180,8 +180,14 @@ def test_batches_of_so_many_rows(path):
     assert len(ids(half_open)) == stream.count(100.0, 900.0, inclusive="left")
 
 
+def test_batches_of_no_rows_are_refused(path):
+    need_torch()
+    with pytest.raises(SchemaError, match="batch_rows=0: use 1 or more"):
+        stream_of(path).to_torch(batch_rows=0)
+
+
 def test_an_epoch_leaves_out_what_a_writer_adds_at_the_end(path):
-    pytest.importorskip("torch")
+    need_torch()
     dataset = many(path).to_torch(fields=["x"])
     with kvstore.open(path, mode="w") as store:
         store["all"].append({"time": [1e6], "x": [-1], "grid": np.zeros((1, 2, 3), "f4")})
@@ -189,7 +195,7 @@ def test_an_epoch_leaves_out_what_a_writer_adds_at_the_end(path):
 
 
 def test_a_dataset_of_nothing_and_one_of_text_and_times(path):
-    torch = pytest.importorskip("torch")
+    torch = need_torch()
     stream = stream_of(path)
     assert list(stream.to_torch("2050-01-01")) == []
     batches = list(stream.to_torch(fields=["note", "stamp", "big"]))
@@ -200,7 +206,7 @@ def test_a_dataset_of_nothing_and_one_of_text_and_times(path):
 
 
 def test_a_dataset_pickles(path):
-    pytest.importorskip("torch")
+    need_torch()
     dataset = pickle.loads(pickle.dumps(many(path).to_torch(fields=["x"])))
     assert sorted(ids(dataset)) == list(range(4000))
 
@@ -214,7 +220,7 @@ def test_a_dataset_pickles(path):
         ("arrow", "pyarrow", r"'kvstore\[export\]'"),
         ("pandas", "pandas", r"'kvstore\[export\]'"),
         ("xarray", "xarray", r"'kvstore\[export\]'"),
-        ("torch", "torch", "torch"),
+        ("torch", "torch", r"'kvstore\[torch\]'"),
     ],
 )
 def test_a_missing_library_is_named(path, monkeypatch, module, library, install):
@@ -234,7 +240,10 @@ def test_a_missing_library_is_named(path, monkeypatch, module, library, install)
 
 @pytest.mark.parametrize("method", ["to_arrow", "to_pandas", "to_xarray", "to_torch"])
 def test_an_unknown_field_is_named(path, method):
-    pytest.importorskip({"to_arrow": "pyarrow"}.get(method, method.removeprefix("to_")))
+    if method == "to_torch":
+        need_torch()
+    else:
+        pytest.importorskip({"to_arrow": "pyarrow"}.get(method, method.removeprefix("to_")))
     with pytest.raises(SchemaError, match="no field 'nope'; there are"):
         getattr(stream_of(path), method)(fields=["nope"])
 

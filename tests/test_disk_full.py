@@ -5,6 +5,7 @@ Each test fills the volume with a ballast file, and makes room by deleting it.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import time
@@ -12,6 +13,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
+from exports import LIBRARY
 from stores import check_store, run
 
 import kvstore
@@ -254,6 +256,60 @@ def test_reading_works_on_a_full_disk(volume, path):
         assert rows_elsewhere(path) == 1000
         with kvstore.open(path) as store:
             check_rows(store, 1000)
+
+
+# ---- exports and imports ----
+
+EXPORTS = """
+    import sys, kvstore
+    with kvstore.open(sys.argv[1]) as store:
+        for out in sys.argv[2:]:
+            try:
+                store["s"].export(out, fields=["noise"])
+            except kvstore.KvstoreError as error:
+                print(error)
+"""
+PLAIN = ("npz", "npy", "csv", "jsonl")
+
+
+def test_an_export_that_fills_the_disk_leaves_what_was_there(volume, path, tmp_path):
+    suffixes = [*PLAIN, *(s for s, name in LIBRARY.items() if importlib.util.find_spec(name))]
+    with kvstore.open(tmp_path / "from.kv", "w") as store:
+        store.stream("s").append(batch(0, 30_000))
+    files = {suffix: path / f"out.{suffix}" for suffix in suffixes}
+    before = {
+        suffix: file / "zarr.json" if suffix == "zarr" else file for suffix, file in files.items()
+    }
+    for file in before.values():
+        file.parent.mkdir(exist_ok=True, parents=True)
+        file.write_text("before")
+    with ballast(volume, leaving=400_000):
+        free = free_bytes(volume)
+        lines = run(EXPORTS, tmp_path / "from.kv", *files.values()).splitlines()
+        for suffix, line in zip(suffixes, lines, strict=True):
+            assert f"out.{suffix}: " in line
+            assert "No space left on device" in line
+            assert "nothing there was changed" in line
+        assert free_bytes(volume) == free
+    assert sorted(os.listdir(path)) == sorted(file.name for file in files.values())
+    assert all(file.read_text() == "before" for file in before.values())
+
+
+def test_an_import_that_fills_the_disk_keeps_what_was_committed(volume, path, tmp_path):
+    np.savez(tmp_path / "in.npz", **batch(0, 60_000))
+    code = """
+        import sys, kvstore
+        try:
+            with kvstore.open(sys.argv[1], "w", flush_interval_s=0.01) as store:
+                store.stream("s", time="time").import_file(sys.argv[2])
+        except kvstore.DiskFull:
+            print("full")
+    """
+    with ballast(volume, leaving=1_000_000):
+        assert run(code, path, tmp_path / "in.npz") == "full\n"
+    with kvstore.open(path) as store:
+        check_rows(store, len(store["s"]) if "s" in store else 0)
+    check_store(path)
 
 
 # ---- with retention ----

@@ -121,6 +121,22 @@ def test_a_field_without_values_takes_no_column_in_csv():
     assert table(written(csv, rows, fields)) == [["time"], ["0.0"], ["1.0"]]
 
 
+def test_times_of_many_digits_are_written_out():
+    """numpy's astype(str) cut their units off."""
+    field = Field("took", "m8[ms]")
+    rows = {"took": np.array([-(2**63) + 1, -10_000_000], "m8[ms]")}
+    assert table(written(csv, rows, [field]))[1:] == [
+        ["-9223372036854775807 milliseconds"], ["-10000000 milliseconds"],
+    ]  # fmt: skip
+    assert objects(written(jsonl, rows, [field]))[1] == {"took": "-10000000 milliseconds"}
+
+
+def test_jsonl_with_a_lone_surrogate_is_still_utf8():
+    rows = {"note": np.array(["\ud800", "é"], object)}
+    data = written(jsonl, rows, [Field("note", "text")])
+    assert data.decode().splitlines() == ['{"note": "\\ud800"}', '{"note": "é"}']
+
+
 # ---- jsonl ----
 
 

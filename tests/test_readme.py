@@ -101,6 +101,13 @@ def bash(block: Block, folder: Path, **variables: str) -> str:
     return done.stdout
 
 
+def test_the_tests_that_prove_the_promises_are_there():
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", README.read_text())
+    assert named
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
+
+
 def test_the_shell_commands_run_in_order(tmp_path):
     python = f"'{sys.executable}'"
     path = shims(tmp_path / "bin", kvstore=f"{python} -m kvstore", python3=python)

@@ -17,7 +17,8 @@ from test_disk_full import mounted
 from test_verify import command, files_of
 
 import kvstore
-from kvstore import DiskFull, StoreError
+from kvstore import DiskFull, StoreError, StoreLocked, verify
+from kvstore.copies import locked_folder
 from kvstore.environment import TABLES
 from kvstore.recover import recover
 
@@ -148,7 +149,11 @@ def test_half_of_a_large_segment_gives_about_half_of_its_batches(broken_path):
     (file,) = segments(broken_path)
     sound = broken_path.with_name("sound.kv")
     shutil.copytree(broken_path, sound)
-    os.truncate(file, file.stat().st_size // 2)
+    data = bytearray(file.read_bytes()[: file.stat().st_size // 2])
+    for page in range(0, len(data), 4096):
+        if b"stream:" in data[page : page + 4096]:
+            data[page : page + 4096] = bytes(4096)
+    file.write_bytes(data)
     target = broken_path.with_name("new.kv")
     report = recover(broken_path, target)
     assert any("definition is lost" in loss.what for loss in report.losses)
@@ -219,6 +224,17 @@ def test_missing_foreign_and_renamed_segments(path):
     assert report.losses == ()
 
 
+def test_segments_that_were_swapped_are_told_apart_by_what_they_say(path):
+    first, second = segments(path)[:2]
+    first.rename(path / "aside")
+    second.rename(first)
+    (path / "aside").rename(second)
+    assert {each.segment for each in verify(path).damages} == {1, 2}
+    report, numbers = recovered(path)
+    assert sorted(numbers) == list(range(BATCHES))
+    assert report.losses == ()
+
+
 def flips(path, count):
     files = [*segments(path), path / "store.msgpack"]
     for seed in range(first := random.randrange(10**9), first + count):
@@ -253,7 +269,82 @@ def test_nothing_is_overwritten_and_a_writer_is_waited_for(path, tmp_path):
     assert not path.with_name("new.kv").exists()
 
 
-def test_a_killed_recovery_leaves_no_store_and_can_be_run_again(path):
+def test_settings_pins_gaps_and_marks_come_along_and_losses_are_gaps(path):
+    with kvstore.open(path, "w", segment_bytes=64 << 10) as store:
+        store.drop(2, unit="s")
+        store.pin(3, 5, "door", unit="s")
+        store.note_gap("rejected", start_ns=1, stop_ns=2, rows=7, detail="bad packets")
+        store.set(max_bytes=900_000_000, gap_after_s=5.0)
+        before = store.gaps()
+    number, block = block_of(segments(path)[1], "large")
+    flip_value(segments(path)[1], block)
+    target = path.with_name("new.kv")
+    (loss,) = recover(path, target).losses
+    with kvstore.open(path) as old, kvstore.open(target) as new:
+        assert new.settings == old.settings
+        assert [pin[1:4] for pin in new.pins()] == [pin[1:4] for pin in old.pins()]
+        gaps = new.gaps()
+        assert {gap[:5] for gap in before if gap.kind != "unclean_stop"} <= {g[:5] for g in gaps}
+        (gap,) = [gap for gap in gaps if gap.kind == "damaged"]
+        assert (gap.start_ns, gap.stream, gap.rows) == (number * 10**9, "s", loss.rows)
+        assert not [gap for gap in gaps if gap.kind.startswith("clock")]
+
+
+def test_limits_that_come_along_drop_nothing_of_what_was_recovered(path):
+    with kvstore.open(path, "w", segment_bytes=64 << 10) as store:
+        for number in range(BATCHES, 100):
+            store.stream("s").append(content(number))
+            store.flush()
+        rows = len(store["s"])
+        limit = sum(file.stat().st_size for file in segments(path)) * 2
+        store.set(max_bytes=limit)
+    target = path.with_name("new.kv")
+    assert recover(path, target).losses == ()
+    with kvstore.open(target) as store:
+        assert len(store["s"]) == rows
+        assert store.settings.max_bytes == limit
+    with kvstore.open(target, "w") as store:
+        assert len(store["s"]) == rows
+
+
+def test_the_new_store_does_not_go_into_the_old_one(path):
+    before = files_of(path)
+    for inside in (path / "new.kv", path / "segments" / "new.kv"):
+        with pytest.raises(StoreError, match="inside of the damaged store"):
+            recover(path, inside)
+    assert files_of(path) == before
+
+
+def test_two_recoveries_to_one_place_do_not_mix(path):
+    target = path.with_name("new.kv")
+    with locked_folder(target.with_name(".new.kv.recovering")) as _, pytest.raises(StoreLocked):
+        recover(path, target)
+    assert recovered(path)[1] == list(range(BATCHES))
+
+
+def test_a_writer_that_begins_meanwhile_is_told(path):
+    def write(done, total):
+        kvstore.open(path, "w").close()
+
+    report = recover(path, path.with_name("new.kv"), on_progress=write)
+    assert [loss.what for loss in report.losses] == [
+        "a process began to write to the store meanwhile"
+    ]
+
+
+def test_definitions_of_another_store_do_not_get_in_the_way(path):
+    """A store given with like= may call its streams otherwise."""
+    other = path.with_name("other.kv")
+    with kvstore.open(other, "w") as store:
+        for name in ("third", "other", "s"):
+            store.stream(name, time="when").append({"when": [1.0], "x": [1]})
+            store.flush()
+    report = recover(path, path.with_name("new.kv"), like=other)
+    assert (report.rows, report.losses) == (BATCHES * (ROWS + 1), ())
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_killed_recovery_leaves_no_store_and_can_be_run_again(path, kills):
     target = path.with_name("new.kv")
     code = """
         import sys
@@ -262,10 +353,10 @@ def test_a_killed_recovery_leaves_no_store_and_can_be_run_again(path):
         recover(sys.argv[1], sys.argv[2])
     """
     before = files_of(path)
-    for _ in range(6):
+    for _ in range(kills):
         with start(code, path, target) as child:
             child.stdout.readline()
-            time.sleep(random.uniform(0, 0.1))
+            time.sleep(random.uniform(0, 0.15))
             child.kill()
         if target.exists():
             check_store(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -207,6 +208,21 @@ def test_a_loop_of_one_instant_is_no_flood_and_of_nothing_ends(store):
         seen.append(clock.now - 100.0)  # noqa: PERF401  # stop looks at it
     assert seen == pytest.approx([0, 0.001, 0.002, 0.003, 0.004], abs=1e-6)
     assert list(stream.replay(T0 + 5, loop=True)) == []
+
+
+def test_what_retention_drops_before_its_turn_is_told(path):
+    with kvstore.open(path, "w", segment_bytes=64 << 10) as store:
+        for n in range(40):
+            write(store, [T0 + n], noise=np.random.default_rng(n).integers(0, 2**62, (1, 500)))
+        dropped, seen = [], []
+        for batch in store["s"].replay(speed=0, on_damage=dropped.append):
+            if not seen:
+                store.drop(T0 + 30)
+            seen += [int(t - T0) for t in batch["time"]]
+    assert seen[-1] == 39
+    gone = [re.search(r"(\d+) rows from .*: the segment was dropped", str(d))[1] for d in dropped]
+    assert len(gone) > 1
+    assert sum(map(int, gone)) + len(seen) == 40
 
 
 # ---- the command line ----

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from stores import ROOT, run, start
 from test_damage import BATCHES, ROWS, block_of, content, first_batch, flip, flip_value, segments
+from test_disk_full import ballast, mounted
 
 import kvstore
 from kvstore import codec, verify
 from kvstore.environment import TABLES
+from kvstore.pages import PageFile
 
 
 @pytest.fixture
@@ -81,7 +83,10 @@ def test_a_store_that_is_being_written_passes(path):
 def test_a_store_passes_while_another_process_writes_and_rolls(path):
     code = """
         import sys, numpy as np, kvstore
-        with kvstore.open(sys.argv[1], "w", segment_bytes=1 << 18, flush_interval_s=0.001) as store:
+        limits = kvstore.Settings(max_bytes=32 << 20)  # else it outgrows its checks
+        with kvstore.open(
+            sys.argv[1], "w", segment_bytes=1 << 18, flush_interval_s=0.001, settings=limits
+        ) as store:
             print("writing", flush=True)
             k = 0
             while True:
@@ -242,16 +247,6 @@ def test_many_flips_anywhere_are_found_or_harmless(path):
     flips(path, 5000)
 
 
-def test_a_child_killed_by_a_damaged_page_is_damage_of_that_segment(path, monkeypatch):
-    monkeypatch.setattr(
-        sys.modules["kvstore.verify"], "_CHILD", "import os; os.kill(os.getpid(), 11)"
-    )
-    with kvstore.open(path, "w"):
-        (found,) = damages(path)
-    assert found.segment == len(segments(path))
-    assert "SIGSEGV" in found.what
-
-
 def test_damage_in_a_segment_that_is_being_written_is_found(path):
     with kvstore.open(path, "w", segment_bytes=1 << 30) as store:
         store.stream("s").append(content(BATCHES))
@@ -269,6 +264,126 @@ def test_no_store_and_a_newer_one_are_errors(path, tmp_path):
     (path / "store.msgpack").write_bytes(codec.packed([2, *rest]))
     with pytest.raises(kvstore.StoreFormatError, match="version 2"):
         verify(path)
+
+
+def test_a_damaged_key_of_a_meta_record_is_found(path):
+    """Keys carry no checksum of their own."""
+
+    def rename(txn):
+        txn.put(b"cnmmit", txn.pop(b"commit"))
+
+    edited(segments(path)[-1], b"meta", rename)
+    whats = [each.what for each in damages(path)]
+    assert any("cnmmit" in what for what in whats)
+    assert any("no time of a last commit" in what for what in whats)
+
+
+def test_a_summary_that_has_gone_is_found(path):
+    """Without it, a segment and its rows would quietly count as dropped."""
+    edited(segments(path)[-1], b"meta", lambda txn: txn.delete(b"sealed:" + bytes(7) + b"\2"))
+    assert any("batches, expected" in each.what for each in damages(path))
+
+
+def test_definitions_that_contradict_each_other_are_found(path):
+    def rename(txn):
+        key = b"stream:\0\0\0\1"
+        name, *rest = codec.unpacked(txn.get(key), "")
+        rest[-1][1][3] = "kelvin"
+        txn.put(key, codec.packed([name, *rest]))
+
+    edited(segments(path)[1], b"meta", rename)
+    (found,) = [each for each in damages(path) if "bytes, expected" not in each.what]
+    assert (found.segment, found.stream) == (2, "s")
+    assert "its definition of the stream" in found.what
+
+
+def test_segments_that_retention_drops_meanwhile_are_not_missed(path):
+    with kvstore.open(path, "w", segment_bytes=64 << 10) as store:
+        dropped = []
+
+        def drop(done, total):
+            if not dropped:
+                count = len(segments(path))
+                dropped.append(store.drop(6, unit="s")["segments"])
+                while len(segments(path)) > count - dropped[0] + 1:
+                    time.sleep(0.01)  # they are removed in the background
+
+        assert damages(path, on_progress=drop) == ()
+        assert dropped[0] > 1
+        assert damages(path) == ()
+    assert damages(path) == ()
+
+
+def test_what_is_verified_while_writing_ends_with_one_commit(broken_path):
+    """A reader's transaction holds it, however many come meanwhile."""
+    with kvstore.open(broken_path, "w") as store:
+        count = [0]
+
+        def write_on(*_):
+            store.stream("s").append(content(count[0]))
+            store.flush()
+            count[0] += 1
+
+        for _ in range(30):
+            write_on()
+        report = verify(broken_path, on_progress=write_on)
+        assert report.damages == ()
+        assert count[0] > 60
+        assert report.rows == 30 * ROWS
+        assert damages(broken_path) == ()
+
+
+def test_commits_that_come_before_it_has_looked_are_waited_out(broken_path, monkeypatch):
+    """The third commit after the one that is held writes over its meta page."""
+    opened = PageFile._meta_of
+    late = []
+
+    def meta_of(file, txn_id):
+        if len(late) < 2:
+            late.append(txn_id)
+            for number in range(3):
+                store.stream("s").append(content(number))
+                store.flush()
+        return opened(file, txn_id)
+
+    with kvstore.open(broken_path, "w") as store:
+        store.stream("s").append(content(0))
+        store.flush()
+        monkeypatch.setattr(PageFile, "_meta_of", meta_of)
+        assert damages(broken_path) == ()
+        assert len(late) == 2
+
+
+# ---- recorded ----
+
+
+def test_damages_are_recorded_as_gaps_each_once(path):
+    number, block = block_of(segments(path)[1], "large")
+    flip_value(segments(path)[1], block)
+    lost = segments(path)[2]
+    lost.unlink()
+    found = damages(path)
+    assert kvstore.record_damages(path, found) == 3  # a batch, and of a segment both streams
+    assert kvstore.record_damages(path, found) == 0
+    with kvstore.open(path) as store:
+        gaps = [gap for gap in store.gaps() if gap.kind == "damaged"]
+    assert {gap.stream for gap in gaps} == {"s", "other"}
+    (gap,) = [gap for gap in gaps if "noise" in gap.detail]
+    assert (gap.start_ns, gap.rows) == (number * 10**9, ROWS)
+    assert any("the segment is missing" in gap.detail for gap in gaps)
+
+
+def test_recording_beside_a_writer_is_refused_after_the_report(path):
+    _, block = block_of(segments(path)[1], "large")
+    flip_value(segments(path)[1], block)
+    with kvstore.open(path, "w"):
+        done = command("verify", path, "--record")
+    assert done.returncode == 1
+    assert "field 'noise'" in done.stderr
+    assert "is writing to this store" in done.stderr
+    done = command("verify", path, "--record")
+    assert (done.returncode, "1 new gaps recorded" in done.stderr) == (3, True)
+    assert "damaged" in command("gaps", path).stdout
 
 
 # ---- since the last run, at a rate ----
@@ -323,6 +438,33 @@ def test_a_killed_run_is_resumed(path):
             child.kill()
         assert damages(path, since_last=True) == ()
         assert files_of(path) == before
+
+
+def test_a_segment_put_back_is_looked_at_again(path):
+    """A copy keeps size and times, and may be damaged all the same."""
+    verify(path, since_last=True)
+    file = segments(path)[1]
+    shutil.copy2(file, file.with_suffix(".copy"))
+    file.with_suffix(".copy").replace(file)
+    assert verify(path, since_last=True).segments == 2
+
+
+def test_a_full_disk_costs_the_memory_of_it_and_not_the_report(path, tmp_path):
+    if os.geteuid() != 0 or mounted("tmpfs", tmp_path):
+        pytest.skip("needs root: mounts a volume")
+    try:
+        _, block = block_of(segments(path)[1], "large")
+        flip_value(segments(path)[1], block)
+        with ballast(tmp_path, leaving=0):
+            done = command("verify", path, "--since-last", "--state", tmp_path / "state")
+            assert done.returncode == 3
+            assert "field 'noise'" in done.stderr
+            assert "cannot be remembered" in done.stderr
+            assert [each.name for each in tmp_path.iterdir()] == ["ballast"]
+        assert verify(path, since_last=True, state_path=tmp_path / "state").notes == ()
+        assert verify(path, since_last=True, state_path=tmp_path / "state").skipped > 1
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_the_rate_is_kept(path):

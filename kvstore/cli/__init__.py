@@ -79,12 +79,22 @@ app.command(
     epilog=_examples(
         "kvstore verify run.kv",
         "kvstore verify run.kv --since-last --rate 100MB/s",
-        "kvstore verify run.kv --json",
+        "kvstore verify run.kv --record && echo sound",
+        "kvstore verify run.kv --json | jq .damages",
     )
 )(check.verify)
-app.command(epilog=_examples("kvstore recover broken.kv -o rescued.kv"))(check.recover)
 app.command(
-    epilog=_examples("kvstore backup run.kv /mnt/usb/run.kv", "kvstore read /mnt/usb/run.kv")
+    epilog=_examples(
+        "kvstore recover broken.kv -o rescued.kv",
+        "kvstore recover broken.kv -o rescued.kv --like /mnt/usb/run.kv",
+    )
+)(check.recover)
+app.command(
+    epilog=_examples(
+        "kvstore backup run.kv /mnt/usb/run.kv",
+        "kvstore read /mnt/usb/run.kv --last 1h --format summary",
+        "kvstore verify /mnt/usb/run.kv",
+    )
 )(check.backup)
 app.command(epilog=_examples("kvstore info run.kv", "kvstore info run.kv --json"))(stats.info)
 app.command(epilog=_examples("kvstore gaps run.kv", "kvstore gaps run.kv --json"))(limits.gaps)

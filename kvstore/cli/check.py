@@ -11,14 +11,12 @@ import typer
 
 from kvstore import libc
 from kvstore.backup import backup as back_up
-from kvstore.check import Damage
-from kvstore.cli.options import size_bytes
+from kvstore.cli.options import Json, StorePath, size_bytes
 from kvstore.cli.terminal import LOSS, complain, progress_bar, quiet_if_closed, say, size_text
+from kvstore.damaged import record_damages
 from kvstore.recover import recover as recover_store
+from kvstore.untrusted import Damage
 from kvstore.verify import verify as verify_store
-
-_Store = Annotated[Path, typer.Argument(metavar="PATH", help="The store.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 class _Progress:
@@ -46,7 +44,7 @@ def rate(text: str) -> int:
 
 
 def verify(
-    path: _Store,
+    path: StorePath,
     *,
     rate_bytes_s: Annotated[
         int | None,
@@ -70,12 +68,21 @@ def verify(
             help="Where --since-last remembers them; by default PATH.verified, beside the store.",
         ),
     ] = None,
-    as_json: _Json = False,
+    record: Annotated[
+        bool,
+        typer.Option(
+            "--record",
+            help="Record what is found as gaps of the store, each once: see kvstore gaps. For "
+            "that no other process may be writing to it.",
+        ),
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Check every checksum, index entry, total and page of a store.
 
-    Changes nothing; a writer may be writing meanwhile. Exit code 3 says that damage was found:
-    `kvstore recover` brings the rest into a new store.
+    Names stream, field and time span of each damage. Changes nothing, unless told to --record;
+    a writer may be writing meanwhile, and what it adds then is not looked at. Exit code 3 says
+    that damage was found: `kvstore recover` brings the rest into a new store.
     """
     if state and not since_last:
         raise typer.BadParameter("--state goes with --since-last")
@@ -91,11 +98,16 @@ def verify(
         )
     skipped = f", {report.skipped} verified before" if report.skipped else ""
     verdict = f"{len(report.damages)} damages" if report.damages else "sound"
+    for problem in report.notes:
+        say(problem)
     text = (
         f"{path}: {verdict}; {report.rows:,} rows, {size_text(report.bytes)} in "
         f"{report.segments} segments{skipped}"
     )
-    _tell(report, report.damages, text, as_json=as_json)
+    _show(report, report.damages, text, as_json=as_json)
+    if record and report.damages:
+        say(f"{record_damages(path, report.damages)} new gaps recorded")
+    _exit(report.damages)
 
 
 def recover(
@@ -113,12 +125,14 @@ def recover(
             "used where the damaged store has lost its own.",
         ),
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Bring everything that can be read out of a damaged store into a new one.
 
-    The source is never written to. The new store has an id of its own, and appears complete or
-    not at all. Exit code 3 says that something was lost, and what.
+    The source is never written to, and must not be while this runs; truncated, torn and missing
+    segments are no obstacle. The new store has an id of its own, settings, pins, marks and gaps
+    of the old one, and what was lost as further gaps. It appears complete or not at all. Exit
+    code 3 says that something was lost, and what.
     """
     libc.keep_freed_memory()
     progress = _Progress()
@@ -127,21 +141,29 @@ def recover(
     text = f"{output}: {report.rows:,} rows in {report.batches:,} batches recovered"
     for note in report.notes:
         say(note)
-    _tell(report, report.losses, text, as_json=as_json)
+    _show(report, report.losses, text, as_json=as_json)
+    _exit(report.losses)
 
 
 def backup(
-    path: _Store,
+    path: StorePath,
     dest: Annotated[
         Path, typer.Argument(metavar="DEST", help="The backup: a new folder, or an earlier backup.")
     ],
     *,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Copy a store, while it is being written to; again to the same place, only what is new.
 
-    Every copy is read back. A backup is a store: any command can read it. Until the first is
-    complete, DEST is no store; cut short, the next run goes on where it ended.
+    Every copy is checked and read back; sealed segments that are there already are not looked at
+    again: kvstore verify DEST does that. A backup is a store: any command can read it. Until the
+    first is complete, DEST is no store; cut short, the next run goes on where it ended.
+
+    DEST follows the store: segments that retention or kvstore drop has removed since are removed
+    there, too, pinned ones stay. To keep a state for good, back up to another folder.
+
+    Damage in the store is reported, exit code 3, and ends nothing: the rest is backed up, and
+    sound copies are not replaced by damaged ones.
     """
     progress = _Progress()
     with progress.bar():
@@ -150,10 +172,11 @@ def backup(
         f"{dest}: complete; {report.copied} segments copied ({size_text(report.copied_bytes)}), "
         f"{report.kept} there already"
     )
-    _tell(report, report.damages, text, as_json=as_json)
+    _show(report, report.damages, text, as_json=as_json)
+    _exit(report.damages)
 
 
-def _tell(report: Any, damages: tuple[Damage, ...], text: str, *, as_json: bool) -> None:
+def _show(report: Any, damages: tuple[Damage, ...], text: str, *, as_json: bool) -> None:
     with quiet_if_closed():
         if as_json:
             print(json.dumps(_plain(report), indent=2))
@@ -161,6 +184,9 @@ def _tell(report: Any, damages: tuple[Damage, ...], text: str, *, as_json: bool)
             for damage in damages:
                 complain(_line(damage))
             print(text)
+
+
+def _exit(damages: tuple[Damage, ...]) -> None:
     if damages:
         raise typer.Exit(LOSS)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -10,82 +12,72 @@ import typer
 
 from kvstore import libc
 from kvstore import store as stores
-from kvstore.cli.options import duration_ns, input_file, time_text
+from kvstore.cli.options import (
+    FieldNames,
+    Json,
+    Last,
+    Limit,
+    Ordered,
+    Start,
+    Stop,
+    StorePath,
+    StreamName,
+    field_names,
+    input_file,
+)
 from kvstore.cli.query import Reading, check_range, row_progress, start_of_last, stream_name
-from kvstore.cli.terminal import LOSS, progress_bar, say
-from kvstore.export.files import FORMATS, check_format, write_file
-from kvstore.export.load import LOADABLE, load
+from kvstore.cli.terminal import LOSS, progress_bar, quiet_if_closed, say
+from kvstore.export.files import FORMATS, LOADABLE, check_format, write_file
 from kvstore.ingest import PARTICLES
-from kvstore.schema import Batch
 from kvstore.stream import Stream
+from kvstore.timestamps import Unit
 
 _FORMATS: Final = "Its end says the format: .npz .npy .csv .jsonl .parquet .arrow .h5 .zarr"
 
 
 def export(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="The store.")],
+    path: StorePath,
     *,
     output: Annotated[
         Path,
         typer.Option("-o", "--output", metavar="FILE", help=f"File to write. {_FORMATS}"),
     ],
-    start: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIME",
-            parser=time_text,
-            help="First time, included: ISO 8601 (UTC if it names no offset) or epoch seconds.",
-        ),
-    ] = None,
-    stop: Annotated[
-        str | None,
-        typer.Option(metavar="TIME", parser=time_text, help="Last time, included."),
-    ] = None,
-    last: Annotated[
-        int | None,
-        typer.Option(
-            metavar="DURATION",
-            parser=duration_ns,
-            help="The stretch before the last row instead, such as 10s, 250ms, 5m or 2h.",
-        ),
-    ] = None,
-    stream: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Stream to export; if not given particles, or the only one."
-        ),
-    ] = None,
-    fields: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,...", help="Fields to export, separated by commas; all if not given."
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="At most this many rows.")
-    ] = None,
-    ordered: Annotated[
-        bool, typer.Option("--ordered", help="Merge rows that arrived late strictly by time.")
-    ] = False,
+    start: Start = None,
+    stop: Stop = None,
+    last: Last = None,
+    stream: StreamName = None,
+    fields: FieldNames = None,
+    limit: Limit = None,
+    ordered: Ordered = False,
+    as_json: Json = False,
 ) -> None:
     """Write the rows of a time range, both ends included, to a file for other tools.
 
-    Values are exact, times included. The file appears complete or not at all, and memory stays
-    bounded whatever the range. Exit code 3 says that damaged batches had to be left out.
+    Values are exact, times included. The file appears complete or not at all, replacing one of
+    that name, and memory stays bounded whatever the range. Exit code 3 says that damaged
+    batches had to be left out.
     """
     check_range(start, stop, last)
     _check_suffix(output, FORMATS)
     check_format(output)
     libc.keep_freed_memory()
+    began = time.perf_counter()
     with stores.open_store(path) as store:
         target = store[stream_name(store, stream)]
-        names = [name.strip() for name in fields.split(",")] if fields is not None else None
-        reading = Reading(target, start, stop, names, limit, ordered)
+        reading = Reading(target, start, stop, field_names(fields), limit, ordered)
         if last is not None:
             reading.start = start_of_last(target, last)
         selected = reading.selected()
         with row_progress(reading, wanted=True):
             rows = write_file(reading.batches(), selected, output, time=target.schema.time)
+    if as_json:
+        _print_json(
+            file=str(output),
+            stream=target.name,
+            rows=rows,
+            damaged_batches=reading.damaged,
+            seconds=time.perf_counter() - began,
+        )
     say(f"{rows:,} rows to {output}")
     if reading.damaged:
         raise typer.Exit(LOSS)
@@ -110,6 +102,11 @@ def import_(
             show_default=False,
         ),
     ] = "",
+    time_unit: Annotated[
+        Unit | None,
+        typer.Option(help="What times that are integers count since 1970; never guessed."),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Append the rows of files to a stream.
 
@@ -119,11 +116,16 @@ def import_(
     for file in files:
         _check_suffix(file, LOADABLE)
     libc.keep_freed_memory()
+    began = time.perf_counter()
+    counts: list[dict[str, Any]] = []
     with stores.open_store(path, mode="w") as store:
         for file in files:
-            rows = _import_file(store, stream, file, time_field)
+            rows = _import_file(store.stream(stream, time=time_field), file, time_unit)
             store.flush()
+            counts.append({"file": str(file), "rows": rows})
             say(f"{rows:,} rows from {file}")
+    if as_json:
+        _print_json(stream=stream, files=counts, seconds=time.perf_counter() - began)
 
 
 def _check_suffix(path: Path, known: Sequence[str]) -> None:
@@ -131,26 +133,22 @@ def _check_suffix(path: Path, known: Sequence[str]) -> None:
         raise typer.BadParameter(f"{path}: in which format? Name it .{', .'.join(known)}")
 
 
-def _import_file(store: stores.Store, name: str, file: Path, time_field: str) -> int:
-    known = store[name].schema if name in store else None
-    loaded = load(file, time=time_field, known=known)
-    target = store.stream(name) if known else store.stream(name, loaded.schema)
-    rows = 0
+def _import_file(target: Stream, file: Path, unit: Unit | None) -> int:
+    part = 0.0
+    before = len(target)
 
-    def counted() -> Iterator[Batch]:
-        nonlocal rows
-        for batch in loaded.batches:
-            rows += len(next(iter(batch.values())))
-            yield batch
+    def on_progress(done: float) -> None:
+        nonlocal part
+        part = done
 
     def describe(elapsed: float) -> str:
+        rows = len(target) - before
         return f"{file.name}  {rows:,} rows  {rows / elapsed / 1000:.1f} k/s"
 
-    with progress_bar(describe):
-        _append(target, counted())
-    return rows
+    with progress_bar(describe, lambda: part):
+        return target.import_file(file, time_unit=unit, progress=on_progress)
 
 
-def _append(target: Stream, batches: Iterator[Any]) -> None:
-    for batch in batches:
-        target.append(batch)
+def _print_json(**report: Any) -> None:
+    with quiet_if_closed():
+        print(json.dumps(report))

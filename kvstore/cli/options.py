@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import numpy as np
 import typer
@@ -87,3 +87,45 @@ def size_bytes(text: str | int) -> int:
             "800GB, 64MiB or 1000000"
         )
     return int(float(match[1]) * _PREFIXES[(match[2] or "").lower()])
+
+
+# ---- what commands share ----
+
+StorePath = Annotated[Path, typer.Argument(metavar="PATH", help="The store.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Start = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME",
+        parser=time_text,
+        help="First time, included: ISO 8601 (UTC if it names no offset) or epoch seconds.",
+    ),
+]
+Stop = Annotated[
+    str | None, typer.Option(metavar="TIME", parser=time_text, help="Last time, included.")
+]
+Last = Annotated[
+    int | None,
+    typer.Option(
+        metavar="DURATION",
+        parser=duration_ns,
+        help="The stretch before the last row instead, such as 10s, 250ms, 5m or 2h.",
+    ),
+]
+StreamName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The stream; if not given particles, or the only one."),
+]
+FieldNames = Annotated[
+    str | None,
+    typer.Option(metavar="NAME,...", help="Fields, separated by commas; all if not given."),
+]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="At most this many rows.")]
+Ordered = Annotated[
+    bool, typer.Option("--ordered", help="Merge rows that arrived late strictly by time.")
+]
+
+
+def field_names(text: str | None) -> list[str] | None:
+    """The fields that were named; None for all."""
+    return None if text is None else [name.strip() for name in text.split(",")]

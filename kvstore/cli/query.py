@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,10 +15,23 @@ import typer
 from kvstore import libc
 from kvstore import store as stores
 from kvstore.cli.follow import Begin, Following, send_packets
-from kvstore.cli.options import STDIN, duration_ns, epoch_seconds, time_text
+from kvstore.cli.options import (
+    STDIN,
+    FieldNames,
+    Last,
+    Limit,
+    Ordered,
+    Start,
+    Stop,
+    StorePath,
+    StreamName,
+    epoch_seconds,
+    field_names,
+)
 from kvstore.cli.terminal import LOSS, complain, progress_bar, quiet_if_closed
-from kvstore.errors import DamageError, KvstoreError
+from kvstore.errors import DamageError
 from kvstore.export import csv, jsonl, npz
+from kvstore.export.atomic import replacing
 from kvstore.ingest import PARTICLES
 from kvstore.reading import limited
 from kvstore.schema import Batch, Field
@@ -69,49 +81,18 @@ class Reading:
 
 
 def read(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="The store.")],
+    path: StorePath,
     *,
-    start: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIME",
-            parser=time_text,
-            help="First time, included: ISO 8601 (UTC if it names no offset) or epoch seconds.",
-        ),
-    ] = None,
-    stop: Annotated[
-        str | None,
-        typer.Option(metavar="TIME", parser=time_text, help="Last time, included."),
-    ] = None,
-    last: Annotated[
-        int | None,
-        typer.Option(
-            metavar="DURATION",
-            parser=duration_ns,
-            help="The stretch before the last row instead, such as 10s, 250ms, 5m or 2h.",
-        ),
-    ] = None,
-    stream: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Stream to read; if not given particles, or the only one."
-        ),
-    ] = None,
-    fields: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,...", help="Fields to read, separated by commas; all if not given."
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="At most this many rows.")
-    ] = None,
+    start: Start = None,
+    stop: Stop = None,
+    last: Last = None,
+    stream: StreamName = None,
+    fields: FieldNames = None,
+    limit: Limit = None,
     count: Annotated[
         bool, typer.Option("--count", help="Only print how many rows there are, from the index.")
     ] = False,
-    ordered: Annotated[
-        bool, typer.Option("--ordered", help="Merge rows that arrived late strictly by time.")
-    ] = False,
+    ordered: Ordered = False,
     format_: Annotated[
         Format | None,
         typer.Option(
@@ -156,7 +137,11 @@ def read(
     if follow:
         _check_follow(start, stop, last, limit, count, ordered, output)
         following = Following(
-            path, lambda store: stream_name(store, stream), _names(fields), cursor_file, from_
+            path,
+            lambda store, known: stream_name(store, stream or known),
+            field_names(fields),
+            cursor_file,
+            from_,
         )
         _follow(following, format_ or "packets")
         return
@@ -171,7 +156,7 @@ def read(
     libc.keep_freed_memory()
     with stores.open_store(path) as store:
         target = store[stream_name(store, stream)]
-        reading = Reading(target, start, stop, _names(fields), limit, ordered)
+        reading = Reading(target, start, stop, field_names(fields), limit, ordered)
         reading.selected()  # an unknown field is found before an output file is begun
         if last is not None:
             reading.start = start_of_last(target, last)
@@ -184,10 +169,6 @@ def read(
                 _send(reading, format_, output, quietly=to_terminal)
     if reading.damaged:
         raise typer.Exit(LOSS)
-
-
-def _names(fields: str | None) -> list[str] | None:
-    return None if fields is None else [name.strip() for name in fields.split(",")]
 
 
 def _check_follow(*others: object) -> None:
@@ -281,18 +262,8 @@ def opened(output: Path | None) -> Iterator[BinaryIO]:
         with output.open("wb") as file:
             yield file
         return
-    target = output.resolve()  # a link stays a link
-    fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with fresh.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(target)
-    except OSError as error:
-        raise KvstoreError(f"{output}: {error.strerror}") from error
-    finally:
-        fresh.unlink(missing_ok=True)
+    with replacing(output) as fresh, fresh.open("wb") as file:
+        yield file
 
 
 def _summary(reading: Reading, output: Path | None) -> None:

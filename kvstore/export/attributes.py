@@ -46,24 +46,48 @@ def plain_dtype(field: Field) -> np.dtype[Any]:
     return np.dtype("<i8") if field.np_dtype.kind in "mM" else field.np_dtype
 
 
-def plain_values(array: Array) -> Array:
-    """Values of plain_dtype."""
+def plain_values(field: Field, array: Array, target: str) -> Array:
+    """Values of plain_dtype; SchemaError for text that the target would not bring back."""
+    if field.is_text:
+        for text in array.flat:
+            _check_text(field, text, target)
     return array.view("<i8") if array.dtype.kind in "mM" else array
 
 
+def _check_text(field: Field, text: str | None, target: str) -> None:
+    if text is None:
+        problem, instead = "None", "parquet or jsonl"
+    elif target == "HDF5" and "\0" in text:
+        problem, instead = "text with a NUL", "parquet or jsonl"
+    elif _is_utf8(text):
+        return
+    else:
+        problem, instead = "text with a lone surrogate, which is no UTF-8", "jsonl"
+    raise SchemaError(
+        f"field {field.name!r} holds {problem}: {target} cannot; leave the field out (--fields) or "
+        f"use {instead}"
+    )
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether the text can be written as UTF-8 at all."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_storable(field: Field, target: str) -> None:
-    """Names are paths in HDF5 and Zarr: those that would lead elsewhere are refused."""
-    if "/" in field.name or field.name in (".", "..") or field.name.startswith("__"):
+    """Refuse names that these formats take for paths or their own, and what HDF5 cannot chunk."""
+    name = field.name
+    if "/" in name or not name.strip(".") or name.startswith("__") or name == "zarr.json":
         raise SchemaError(
-            f"field {field.name!r}: {target} takes its name for a path; leave the field out "
+            f"field {name!r}: {target} takes its name for a path or its own; leave the field out "
             "(--fields) or use parquet"
         )
-
-
-def check_texts(field: Field, array: Array, target: str) -> None:
-    """None has no place among strings of fixed meaning."""
-    if field.is_text and any(text is None for text in array.flat):
+    if target == "HDF5" and 0 in field.shape:
         raise SchemaError(
-            f"field {field.name!r} holds None, which {target} cannot; leave the field out "
-            "(--fields) or use parquet or jsonl"
+            f"field {name!r}: rows of shape {field.shape} hold no values, which HDF5 cannot "
+            "chunk; leave the field out (--fields)"
         )

@@ -5,6 +5,7 @@ Pure: arrays in, arrays out. Memory is bounded by what is being gathered and one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
@@ -14,6 +15,9 @@ from kvstore.schema import Array, Batch, Field
 
 CHUNK_BYTES: Final = 1 << 20  # one read of an HDF5 or Zarr chunk: as its makers advise
 _CHUNKS_BYTES_MAX: Final = 64 << 20  # gathered over all fields
+_TEXT_BYTES: Final = (
+    256  # a value of text, at a guess: a log line. Only so does memory stay bounded
+)
 GROUP_BYTES: Final = 32 << 20  # a row group or record batch, uncompressed
 GROUP_ROWS: Final = 1 << 20  # the usual row group: a scalar field's 8 MB
 
@@ -23,7 +27,8 @@ Put = Callable[[int, Array], None]
 
 def chunk_rows(field: Field, fields: int) -> int:
     """Rows in a chunk of one field among so many."""
-    return max(1, min(CHUNK_BYTES, _CHUNKS_BYTES_MAX // fields) // max(1, field.row_bytes))
+    row_bytes = math.prod(field.shape) * _TEXT_BYTES if field.is_text else field.row_bytes
+    return max(1, min(CHUNK_BYTES, _CHUNKS_BYTES_MAX // fields) // max(1, row_bytes))
 
 
 def fill(batches: Iterable[Batch], fields: Sequence[Field], puts: Sequence[Put]) -> int:
@@ -108,6 +113,15 @@ def joined(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def columns(batches: Iterable[Batch], fields: Sequence[Field], time: str) -> Batch:
+    """All rows in memory, for targets that live there; an int64 time as datetime64[ns]."""
+    empty = {field.name: np.empty((0, *field.shape), field.np_dtype) for field in fields}
+    found = dict(joined(list(batches) or [empty]))
+    if time in found and found[time].dtype.kind == "i":
+        found[time] = found[time].view("<M8[ns]")
+    return found
 
 
 def _taken(waiting: list[Batch]) -> Batch:

@@ -15,7 +15,6 @@ def needed_for(what: str, *, extra: str = "export") -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
-        install = "torch" if library == "torch" else f"'kvstore[{extra}]'"
         raise KvstoreError(
-            f"{what} needs {library}, which is not installed: pip install {install}"
+            f"{what} needs {library}, which is not installed: pip install 'kvstore[{extra}]'"
         ) from error

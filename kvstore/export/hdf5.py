@@ -16,7 +16,6 @@ import h5py
 from kvstore.export.attributes import (
     attributes,
     check_storable,
-    check_texts,
     plain_dtype,
     plain_values,
 )
@@ -76,12 +75,11 @@ def _checked(put: Put, sink: _Sink) -> Put:
 
 def _dataset(file: Any, fields: Sequence[Field], field: Field, time: str) -> Put:
     check_storable(field, "HDF5")
-    # A chunk's axes are at least 1, though a row without values has an axis of 0.
     dataset = file.create_dataset(
         field.name,
         shape=(0, *field.shape),
         maxshape=(None, *field.shape),
-        chunks=(chunk_rows(field, len(fields)), *(max(1, n) for n in field.shape)),
+        chunks=(chunk_rows(field, len(fields)), *field.shape),
         dtype=h5py.string_dtype() if field.is_text else plain_dtype(field),
         shuffle=not field.is_text,
         compression="gzip",
@@ -90,8 +88,7 @@ def _dataset(file: Any, fields: Sequence[Field], field: Field, time: str) -> Put
     dataset.attrs.update(attributes(field, time))
 
     def put(offset: int, array: Array) -> None:
-        check_texts(field, array, "HDF5")
         dataset.resize(offset + len(array), axis=0)
-        dataset[offset:] = plain_values(array)
+        dataset[offset:] = plain_values(field, array, "HDF5")
 
     return put

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from kvstore.export.csv import printed
 from kvstore.schema import Array, Batch, Field
 
 
@@ -21,22 +22,28 @@ def write(batches: Iterable[Batch], fields: Sequence[Field], file: BinaryIO) -> 
     rows = 0
     for batch in batches:
         columns = [_plain(batch[name]) for name in names]
-        for values in zip(*columns, strict=True):
-            line = json.dumps(dict(zip(names, values, strict=True)), ensure_ascii=False)
-            file.write(line.encode("utf-8", "surrogatepass") + b"\n")
+        file.writelines(
+            _line(dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)
+        )
         rows += len(columns[0])
     return rows
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate, which JSON knows as \udc00 only
+        return json.dumps(row).encode() + b"\n"
 
 
 def _plain(array: Array) -> list[Any]:
     kind = array.dtype.kind
     if kind in "mM":
-        return _null(array.astype(str), np.isnat(array))
+        return _null(printed(array), np.isnat(array))
     if kind == "c":
         return _plain(np.stack([array.real, array.imag], axis=-1))
     if kind == "f":
-        plain = array.astype(str).astype(float) if array.dtype.itemsize < 8 else array  # noqa: PLR2004
-        return _null(plain, ~np.isfinite(array))
+        return _null(printed(array), ~np.isfinite(array))
     return list(array.tolist())
 
 

@@ -1,21 +1,38 @@
-"""A selection's schema as text that travels in a file, so that an import restores it exactly.
+"""What a file says of its rows: the schema that travels in it, and what an import makes of it.
 
     {"version": 1, "time": "timestamps", "fields": [Field.to_record(), …]}
 
-In Parquet and Arrow it is the schema's metadata under ``kvstore``, in .npz the archive's comment.
+In Parquet and Arrow this text is the schema's metadata under ``kvstore``, in .npz the archive's
+comment.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from kvstore.errors import SchemaError
-from kvstore.schema import Field
+from kvstore.schema import Batch, Field
 
 _VERSION: Final = 1
 KEY: Final = b"kvstore"
+_BATCH_BYTES: Final = 8 << 20
+_BATCH_ROWS_MAX: Final = 1 << 16
+
+Progress = Callable[[float], None]
+"""Called with the part of a file that was read, 0 to 1."""
+
+
+class Loaded(NamedTuple):
+    """A file's fields and rows. time: empty where the file does not say.
+
+    batches: open the file when the first is asked for.
+    """
+
+    fields: tuple[Field, ...]
+    time: str
+    batches: Iterator[Batch]
 
 
 class Described(NamedTuple):
@@ -47,3 +64,9 @@ def described(text: bytes | None) -> Described:
             f"kvstore's metadata in the file cannot be read ({error}): expected what kvstore "
             "export writes; export it again, or write the file without the key 'kvstore'"
         ) from error
+
+
+def batch_rows(fields: Sequence[Field]) -> int:
+    """How many rows to take from a file at once."""
+    row_bytes = sum(field.row_bytes for field in fields)
+    return max(1, min(_BATCH_ROWS_MAX, _BATCH_BYTES // max(1, row_bytes)))

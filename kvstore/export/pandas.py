@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kvstore.export.memory import columns
+from kvstore.export.chunks import columns
 from kvstore.schema import Array, Batch, Field
 
 

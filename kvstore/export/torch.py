@@ -16,9 +16,11 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from kvstore.errors import SchemaError
 from kvstore.export.chunks import of_rows
 from kvstore.reading import Inclusive, Scan
 from kvstore.schema import Array, Batch
+from kvstore.segment import OnDamage
 from kvstore.timestamps import Unit, typed_time
 
 _WINDOWS_MAX: Final = 256  # a seek each, and more than there are workers
@@ -39,11 +41,22 @@ class Rows(IterableDataset):  # type: ignore[misc]  # torch is Any to mypy, inst
     """
 
     def __init__(
-        self, stream: Any, scan: Scan, fields: Sequence[str] | None, batch_rows: int | None
+        self,
+        store: Any,
+        name: str,
+        scan: Scan,
+        fields: Sequence[str] | None,
+        *,
+        batch_rows: int | None,
+        on_damage: OnDamage | None,
     ):
-        self._stream = pickle.dumps(stream)  # its path and name
-        self._fields = fields
+        if batch_rows is not None and batch_rows < 1:
+            raise SchemaError(f"batch_rows={batch_rows}: use 1 or more, or None for stored batches")
+        self._store = pickle.dumps(store)  # its path
+        self._name = name
+        self._fields = None if fields is None else list(fields)
         self._batch_rows = batch_rows
+        self._on_damage = on_damage
         self._windows = _windows(scan)
         self._unit: Unit | None = "ns" if scan.info.schema.time_dtype.kind == "i" else None
 
@@ -55,11 +68,16 @@ class Rows(IterableDataset):  # type: ignore[misc]  # torch is Any to mypy, inst
     def _batches(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        stream = pickle.loads(self._stream)  # noqa: S301  # our own, from __init__
-        for start, stop, inclusive in self._windows[number::count]:
-            yield from stream.read(
-                start, stop, fields=self._fields, unit=self._unit, inclusive=inclusive
-            )
+        with pickle.loads(self._store) as store:  # noqa: S301  # our own, from __init__
+            for start, stop, inclusive in self._windows[number::count]:
+                yield from store[self._name].read(
+                    start,
+                    stop,
+                    fields=self._fields,
+                    unit=self._unit,
+                    inclusive=inclusive,
+                    on_damage=self._on_damage,
+                )
 
 
 def _windows(scan: Scan) -> list[_Window]:

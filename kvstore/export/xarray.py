@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import xarray as xr
 
-from kvstore.export.memory import columns
+from kvstore.export.chunks import columns
 from kvstore.schema import Batch, Field
 
 

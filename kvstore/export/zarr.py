@@ -17,7 +17,6 @@ import zarr
 from kvstore.export.attributes import (
     attributes,
     check_storable,
-    check_texts,
     plain_dtype,
     plain_values,
 )
@@ -29,11 +28,13 @@ def write(batches: Iterable[Batch], fields: Sequence[Field], path: Path, *, time
     """Write all rows; returns how many."""
     rows_axis = time if time in [field.name for field in fields] else "row"
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification")
-        group = zarr.open_group(path, mode="w-", zarr_format=3)
+        warnings.filterwarnings("ignore", ".*(not|currently not) .*(V3 specif|format 3 specif)")
+        group = zarr.open_group(path, mode="a", zarr_format=3)
         group.attrs["time"] = rows_axis if rows_axis == time else ""
         puts = [_array(group, fields, field, rows_axis, time) for field in fields]
-        return fill(batches, fields, puts)
+        rows = fill(batches, fields, puts)
+        zarr.consolidate_metadata(path)  # else xarray asks for each array's own, and warns
+    return rows
 
 
 def _array(group: Any, fields: Sequence[Field], field: Field, rows_axis: str, time: str) -> Put:
@@ -49,8 +50,7 @@ def _array(group: Any, fields: Sequence[Field], field: Field, rows_axis: str, ti
     )
 
     def put(offset: int, values: Array) -> None:
-        check_texts(field, values, "Zarr")
         array.resize((offset + len(values), *field.shape))
-        array[offset:] = plain_values(values)
+        array[offset:] = plain_values(field, values, "Zarr")
 
     return put
