@@ -29,6 +29,7 @@ StorePath = str | os.PathLike[str]
 
 def configure(path: StorePath, **changes: Any) -> Settings:
     """Change some of a store's Settings, such as max_bytes=800 * 10**9; all as they are now."""
+    Settings().changed(changes)  # before it is left for another process, where it may not even fit
     return Settings(**_ask(path, "set", changes))
 
 

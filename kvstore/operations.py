@@ -15,7 +15,7 @@ from kvstore.active import Active
 from kvstore.changes import Unpin
 from kvstore.errors import StoreError
 from kvstore.segment import Sealed, State, Totals
-from kvstore.settings import LABEL_CHARS_MAX, PINS_MAX, Pin, Settings, storable
+from kvstore.settings import LABEL_CHARS_MAX, PINS_MAX, Pin, storable
 from kvstore.timestamps import MAX_NS, MIN_NS
 
 
@@ -49,9 +49,7 @@ def _performed(active: Active, request: requests.Request) -> dict[str, Any]:
 
 def set_(active: Active, **changes: Any) -> dict[str, Any]:
     """Change these settings, leave the others; all of them as they are now."""
-    if unknown := changes.keys() - set(Settings._fields):
-        raise StoreError(f"no setting {min(unknown)!r}: there are {', '.join(Settings._fields)}")
-    settings = active.state.settings._replace(**changes).checked()
+    settings = active.state.settings.changed(changes)
     if settings != active.state.settings:
         active.change(settings)
         active.keep_limits()

@@ -6,6 +6,7 @@ retention.py (what may be dropped), gaps.py (what is doubtful) and active.py (wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final, Literal, NamedTuple, Self
 
 from kvstore.errors import StoreError
@@ -52,6 +53,12 @@ class Settings(NamedTuple):
     def from_record(cls, record: dict[str, Any]) -> Self:
         """The inverse of ``_asdict``; names of a later kvstore are left out."""
         return cls(**{name: record[name] for name in cls._fields if name in record})
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """These settings with some others; StoreError where one is unknown or makes no sense."""
+        if unknown := changes.keys() - set(self._fields):
+            raise StoreError(f"no setting {min(unknown)!r}: there are {', '.join(self._fields)}")
+        return self._replace(**changes).checked()
 
     def checked(self) -> Self:
         """These settings with whole numbers of bytes; StoreError where one makes no sense."""

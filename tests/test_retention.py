@@ -697,6 +697,13 @@ def test_what_makes_no_sense_is_refused(path, what, arguments):
         assert store.state().pins == before.pins
 
 
+@pytest.mark.parametrize("odd", [{"max_bytes": 10**30}, {"color": 1}, {"max_age_s": -1.0}])
+def test_an_odd_setting_is_not_even_asked_for(path, odd):
+    with kvstore.open(path, "w"), pytest.raises(StoreError, match=next(iter(odd))):
+        kvstore.configure(path, **odd)
+    assert not (path / "requests").exists()
+
+
 def test_bytes_may_be_given_as_a_float(path):
     with kvstore.open(path, "w", settings=Settings(max_bytes=5e9), **TINY) as store:
         assert repr(store.set(max_bytes=4e9).max_bytes) == "4000000000"
@@ -833,6 +840,14 @@ def test_what_a_pin_touches_is_pinned(pins, spans):
     ]
     assert free == expected
     assert free == [s.number for s in state.sealed.values() if not retention.pinned_by(state, s)]
+
+
+def test_room_counts_once_the_files_are_removed():
+    state = state_of([MIB])
+    for limits in (Settings(min_free_bytes=4 * MIB), Settings(max_bytes=7 * MIB)):
+        state.settings = limits
+        assert retention.is_within(state, retention.Sizes(0, MIB, 0, 5 * MIB))
+        assert not retention.is_within(state, retention.Sizes(0, MIB, 5 * MIB, 4 * MIB))
 
 
 def test_both_limits_of_size_are_kept_at_once():
