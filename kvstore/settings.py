@@ -76,7 +76,7 @@ class Settings(NamedTuple):
 
 def _whole(name: str, value: float | None, least: int) -> int | None:
     if value is not None and not least <= value <= BYTES_MAX:
-        raise StoreError(f"{name}={value}: use {least} to {BYTES_MAX} bytes, or None")
+        raise StoreError(f"{name}={value}: use at least {least}, at most {BYTES_MAX}, or None")
     return None if value is None else int(value)
 
 

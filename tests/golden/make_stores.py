@@ -283,7 +283,7 @@ def fixed_clock(store_number: int) -> Iterator[Callable[[], None]]:
 
     with (
         mock.patch("time.time_ns", side_effect=lambda: now),
-        mock.patch("time.monotonic_ns", side_effect=lambda: now),
+        mock.patch("time.clock_gettime_ns", side_effect=lambda _: now),
         mock.patch("uuid.uuid4", return_value=uuid.UUID(int=(0xC0FFEE << 96) + store_number)),
     ):
         yield tick
