@@ -229,6 +229,7 @@ class Active:
         with suppress(StoreError, OSError):  # what stays is removed at the next opening
             self._let_go(list(self._unlinking))
             self.layout.remove(list(self._unlinking))
+            self.layout.keep_reserve()  # there is room again, before others take it
         self._unlinking = {}
 
     def _wait_for_unlinks(self) -> None:
