@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Final
@@ -60,6 +60,7 @@ class Active:
         self._let_go = let_go
         self._segment_bytes = segment_bytes
         self._is_rolling = False
+        self._steps: list[Queued] = []  # of the wall clock, for the next commit
         self._unlinking: dict[int, int] = {}  # number -> bytes
         self._unlinker: threading.Thread | None = None
         number, store_id = layout.active(), layout.store_id()
@@ -112,8 +113,9 @@ class Active:
             self._with_room(self.roll)
         batches = [item.finished() for item in group if item.batch is not None]
         self._make_room(_needed_bytes(batches, group))
-        group = [*group, *self._clock_step()]
-        self._with_room(lambda: self._put(batches, group))
+        self._note_clock_step()
+        self._with_room(lambda: self._put(batches, [*group, *self._steps]))
+        self._steps = []
         self._roll_if_full()
 
     def change(self, *changes: Change) -> None:
@@ -142,10 +144,10 @@ class Active:
             self._segment.commit(batches, records)
         self.state = state
 
-    def _clock_step(self) -> Iterator[Queued]:
+    def _note_clock_step(self) -> None:
         limit_s = self.state.settings.clock_step_s
         if limit_s is not None and (gap := self._clock.stepped(limit_s)):
-            yield Queued(change=gap)
+            self._steps.append(Queued(change=gap))
 
     # ---- keeping the limits ----
 

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, NamedTuple, Self
 
 from kvstore import environment, retention
 from kvstore.errors import (
+    DiskFull,
     KvstoreError,
     SchemaError,
     StoreClosed,
@@ -241,7 +242,8 @@ class Store:
         Keys of the result: segments, rows, bytes; kept: those with earlier rows that stay, each
         with its segment, rows and why. Whole segments go, of all streams together.
         """
-        self.writer().flush()
+        with suppress(DiskFull):  # it is to make room
+            self.writer().flush()
         return self.writer().perform("drop", {"before_ns": range_ns(before, None, unit=unit)[0]})
 
     def gaps(self) -> tuple[Gap, ...]:

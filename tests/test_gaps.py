@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvstore
-from kvstore import Gap, Settings, StoreError, gaps
+from kvstore import DiskFull, Gap, Settings, StoreError, gaps
 from kvstore.gaps import GAPS_MAX, Watch, placed
+from kvstore.segment import Segment
 
 F8 = np.dtype("f8")
 S = 10**9
@@ -209,6 +210,23 @@ def test_without_a_limit_for_silence_a_new_session_has_no_gap(path):
             store.stream("s").append({"time": float(second), "v": 1})
             store.flush()
             assert store.gaps() == ()
+
+
+def test_a_clock_step_survives_a_commit_that_fails(path, monkeypatch):
+    real, shift_ns = time.time_ns, 0
+    monkeypatch.setattr(time, "time_ns", lambda: real() + shift_ns)
+
+    def fail(*_):
+        raise DiskFull("no room")
+
+    with kvstore.open(path, "w", flush_interval_s=None) as store:
+        shift_ns = 3600 * S
+        store.stream("s").append({"time": 1.0, "v": 1})
+        with monkeypatch.context() as patch, pytest.raises(DiskFull):
+            patch.setattr(Segment, "commit", fail)
+            store.flush()
+        store.flush()
+        assert [gap.kind for gap in store.gaps()] == ["clock_ahead"]
 
 
 def test_late_rows_do_not_flood_the_gaps(path):

@@ -108,6 +108,16 @@ def test_limits_stay_with_the_store(path):
         assert store.settings == wanted._replace(max_age_s=None)
 
 
+def test_a_full_store_can_be_helped_by_a_drop(path):
+    options = Settings(max_bytes=3 * MIB, when_full="stop")
+    with kvstore.open(path, "w", settings=options, **TINY) as store:
+        with pytest.raises(DiskFull):
+            put(store, range(100))
+        assert store.drop(10.0)["segments"] == 10
+        store.flush()  # what was waiting
+        assert numbers_in(store)[0] == 10
+
+
 def test_a_lower_limit_holds_at_once(path):
     """Also where nobody writes, and though all rows are in the active segment."""
     with kvstore.open(path, "w") as store:
