@@ -176,23 +176,26 @@ class Active:
 
     def _make_room(self, needed: int) -> None:
         """Drop what has to go for that many bytes; DiskFull where nothing more may."""
-        settings = self.state.settings
-        if not (settings.limits_size and needed):
+        if not (self.state.settings.limits_size and needed):
             return
-        sizes = self._sizes(needed + _COMMIT_SPARE_BYTES)
-        plan = retention.plan(self.state, sizes)
+        needed += _COMMIT_SPARE_BYTES
+        self._drop_for(needed)
+        while not retention.is_within(self.state, self._sizes(needed)):
+            self._wait_for_unlinks()
+            self._drop_for(needed)  # more: a reader may hold what has been dropped
+
+    def _drop_for(self, needed: int) -> None:
+        settings = self.state.settings
+        plan = retention.plan(self.state, self._sizes(needed))
         if plan.missing and settings.drops_oldest and self._has_rows():
             self.seal()  # so that it can go, too: the disk may be smaller than a segment
-            sizes = self._sizes(sizes.needed)
-            plan = retention.plan(self.state, sizes)
+            plan = retention.plan(self.state, self._sizes(needed))
         self.drop(plan.drop)
         if plan.missing:
             raise DiskFull(
                 f"{self.layout.path}: full by its own limit: {plan.missing}; "
                 + (_ALL_PINNED if self.state.pins and settings.drops_oldest else _RAISE_LIMIT)
             )
-        if not retention.is_within(self.state, self._sizes(sizes.needed)):
-            self._wait_for_unlinks()
 
     def _with_room(self, act: Callable[[], None]) -> None:
         """Do it; on a full disk, where that is wanted, drop the oldest until it can be done."""
