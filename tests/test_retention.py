@@ -232,16 +232,21 @@ def test_space_is_left_on_the_disk(path, monkeypatch, drops):
 
 
 def test_space_is_left_though_a_reader_holds_what_was_dropped(path, monkeypatch):
-    held, remove = 0, Layout.remove
+    held, remove, at_once = 0, Layout.remove, threading.Lock()
 
     def hold(self, numbers):
         nonlocal held
         sizes = [self.segment_path(number).stat().st_size for number in numbers]
-        remove(self, numbers)
-        held = min(held + sum(sizes), 4 * MIB)
+        with at_once:
+            remove(self, numbers)
+            held = min(held + sum(sizes), 4 * MIB)
+
+    def free_bytes(self):
+        with at_once:
+            return 14 * MIB - used(self.path) - held
 
     monkeypatch.setattr(Layout, "remove", hold)
-    monkeypatch.setattr(Layout, "free_bytes", lambda self: 14 * MIB - used(self.path) - held)
+    monkeypatch.setattr(Layout, "free_bytes", free_bytes)
     wanted = Settings(min_free_bytes=2 * MIB)
     with kvstore.open(
         path, "w", flush_interval_s=None, settings=wanted, segment_bytes=MIB
