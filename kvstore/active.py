@@ -23,15 +23,8 @@ from kvstore.changes import Change, Drop, Queued, next_state
 from kvstore.errors import DiskFull, StoreError
 from kvstore.gaps import Gap
 from kvstore.layout import Layout, ticks_ns
-from kvstore.segment import (
-    MAP_SPARE_BYTES,
-    EncodedBatch,
-    Sealed,
-    Segment,
-    Session,
-    State,
-    Totals,
-)
+from kvstore.segment import MAP_SPARE_BYTES, EncodedBatch, Segment
+from kvstore.state import Sealed, Session, State, Totals
 from kvstore.timestamps import format_time
 
 _NS: Final = np.dtype(np.int64)

@@ -34,7 +34,7 @@ from kvstore.environment import open_environment, translated
 from kvstore.errors import DamageError, StoreError, StoreFormatError
 from kvstore.layout import Layout, sync_folder, write_durably
 from kvstore.pages import PageFile
-from kvstore.segment import State
+from kvstore.state import State
 from kvstore.untrusted import Damage
 
 _MANIFEST: Final = "backup.msgpack"

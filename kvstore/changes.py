@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 from kvstore import codec, gaps
 from kvstore.gaps import Gap
-from kvstore.segment import (
+from kvstore.segment import EncodedBatch
+from kvstore.settings import Pin, Settings
+from kvstore.state import (
     GONE,
     Dropped,
-    EncodedBatch,
     Session,
     State,
     StreamInfo,
@@ -27,7 +28,6 @@ from kvstore.segment import (
     stream_record,
     total_key,
 )
-from kvstore.settings import Pin, Settings
 
 
 class Drop(NamedTuple):

@@ -18,7 +18,8 @@ import numpy as np
 from kvstore.errors import DamageError, KvstoreError
 from kvstore.pages import PageFile
 from kvstore.schema import Array, Field
-from kvstore.segment import Entry, State, StreamInfo, Totals
+from kvstore.segment import Entry
+from kvstore.state import State, StreamInfo, Totals
 from kvstore.timestamps import MIN_NS, decode_key, format_time, span_class, time_to_ns
 from kvstore.untrusted import (
     BATCH_KEY_BYTES,

@@ -23,7 +23,7 @@ from kvstore.active import Active
 from kvstore.changes import Queued
 from kvstore.errors import KvstoreError, StoreClosed, StoreError
 from kvstore.layout import Layout
-from kvstore.segment import State
+from kvstore.state import State
 from kvstore.stats import CommitStats
 
 GROUP_BYTES: Final = 32 << 20  # a commit of this size comes close to bare writes

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from kvstore import retention
 from kvstore.gaps import Gap
-from kvstore.segment import State, Totals
+from kvstore.state import State, Totals
 from kvstore.store import Store, open_store
 from kvstore.timestamps import range_ns
 from kvstore.untrusted import Damage

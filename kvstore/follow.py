@@ -22,7 +22,8 @@ from kvstore.environment import translated
 from kvstore.errors import CursorError, DamageError, GapError, NoFillError, StoreFormatError
 from kvstore.layout import write_durably
 from kvstore.schema import Batch, Schema
-from kvstore.segment import Entry, OnDamage, Segment, State, Totals
+from kvstore.segment import Entry, OnDamage, Segment
+from kvstore.state import State, Totals
 
 POLL_S: Final = 0.01
 COPIED_BYTES_MAX: Final = 8 << 20  # taken out at once: opening a sealed segment has its price

@@ -25,7 +25,8 @@ from typing import Final
 from kvstore import codec
 from kvstore.environment import lock_path, reserve_lock_file, translated
 from kvstore.errors import DamageError, StoreFormatError, StoreLocked, StoreNotFound
-from kvstore.segment import FORMAT, Segment, State, create_segment
+from kvstore.segment import Segment, create_segment
+from kvstore.state import FORMAT, State
 
 _IDENTITY: Final = "store.msgpack"
 _LOCK: Final = "writer.lock"

@@ -14,8 +14,8 @@ from kvstore import requests, retention
 from kvstore.active import Active
 from kvstore.changes import Unpin
 from kvstore.errors import StoreError
-from kvstore.segment import Sealed, State, Totals
 from kvstore.settings import LABEL_CHARS_MAX, PINS_MAX, Pin, storable
+from kvstore.state import Sealed, State, Totals
 from kvstore.timestamps import MAX_NS, MIN_NS
 
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from kvstore.errors import DamageError, KvstoreError, SchemaError, StoreFormatError
 from kvstore.schema import Array, Batch, Schema
-from kvstore.segment import Entry, OnDamage, Segment, State, StreamInfo, Totals
+from kvstore.segment import Entry, OnDamage, Segment
+from kvstore.state import State, StreamInfo, Totals
 from kvstore.timestamps import (
     TimeLike,
     Unit,

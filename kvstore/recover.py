@@ -26,8 +26,9 @@ from kvstore.environment import translated
 from kvstore.errors import KvstoreError, StoreError, StoreFormatError, StoreLocked, StoreNotFound
 from kvstore.layout import Layout, sync_folder
 from kvstore.salvage import Lost, Salvaged, SegmentFile
-from kvstore.segment import Entry, Sealed, State, StreamInfo, Totals
+from kvstore.segment import Entry
 from kvstore.settings import Settings
+from kvstore.state import Sealed, State, StreamInfo, Totals
 from kvstore.store import Store, open_store
 from kvstore.untrusted import Damage, ranges_text, span_texts
 

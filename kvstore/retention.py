@@ -14,8 +14,8 @@ from typing import Final, NamedTuple
 
 from kvstore.gaps import Gap
 from kvstore.layout import RESERVE_BYTES
-from kvstore.segment import Sealed, State, Totals
 from kvstore.settings import Settings
+from kvstore.state import Sealed, State, Totals
 from kvstore.timestamps import time_to_ns, typed_time
 
 SEGMENT_BYTES: Final = 2 << 30

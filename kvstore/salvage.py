@@ -28,7 +28,8 @@ from kvstore import codec
 from kvstore.errors import DamageError, KvstoreError, NoFillError
 from kvstore.pages import Node, PageFile
 from kvstore.schema import Array, Batch
-from kvstore.segment import Entry, State, StreamInfo, Totals
+from kvstore.segment import Entry
+from kvstore.state import State, StreamInfo, Totals
 from kvstore.timestamps import plain_time
 from kvstore.untrusted import (
     BATCH_KEY_BYTES,

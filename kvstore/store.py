@@ -27,8 +27,9 @@ from kvstore.errors import (
 from kvstore.gaps import Gap
 from kvstore.layout import Layout
 from kvstore.schema import Schema
-from kvstore.segment import Segment, State, StreamInfo
+from kvstore.segment import Segment
 from kvstore.settings import Pin, Settings
+from kvstore.state import State, StreamInfo
 from kvstore.stream import Stream
 from kvstore.timestamps import TimeLike, Unit, range_ns, typed_time
 from kvstore.writer import FLUSH_INTERVAL_S, Writer, check_options

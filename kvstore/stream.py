@@ -19,7 +19,8 @@ from kvstore.follow import POLL_S, Follower, From, OnGap, Source
 from kvstore.reading import Inclusive, Scan
 from kvstore.replay import Replay
 from kvstore.schema import Batch, BatchLike, Field, Schema
-from kvstore.segment import OnDamage, Segment, State, StreamInfo
+from kvstore.segment import OnDamage, Segment
+from kvstore.state import State, StreamInfo
 from kvstore.timestamps import TimeLike, Unit, typed_time
 from kvstore.writer import StreamWriter, Writer
 

@@ -19,7 +19,8 @@ from kvstore.errors import DamageError, StoreFormatError
 from kvstore.reading import Scan
 from kvstore.replay import deadlines
 from kvstore.schema import Array
-from kvstore.segment import Entry, OnDamage, Segment, Totals
+from kvstore.segment import Entry, OnDamage, Segment
+from kvstore.state import Totals
 from kvstore.stream import Stream
 from kvstore.timestamps import NS_PER_S, TimeLike, Unit, time_to_ns
 

@@ -18,7 +18,8 @@ from kvstore import codec
 from kvstore.errors import DamageError, KvstoreError
 from kvstore.gaps import KINDS, Gap
 from kvstore.schema import FIELDS_MAX, ROW_BYTES_MAX, Array, Field
-from kvstore.segment import FORMAT, Entry, State, StreamInfo, Totals, read_entry, read_meta_record
+from kvstore.segment import Entry, read_entry
+from kvstore.state import FORMAT, State, StreamInfo, Totals, read_meta_record
 from kvstore.timestamps import format_time, typed_time
 
 BATCH_KEY_BYTES: Final = 21

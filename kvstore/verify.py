@@ -28,7 +28,7 @@ from kvstore.environment import open_environment, translated
 from kvstore.errors import KvstoreError, StoreError, StoreFormatError
 from kvstore.layout import Layout, sync_folder
 from kvstore.pages import PageFile, Report
-from kvstore.segment import Dropped, Sealed, State, Totals
+from kvstore.state import Dropped, Sealed, State, Totals
 from kvstore.untrusted import Damage, read_state
 
 _TRIES_MAX: Final = 20  # writers that may begin while the active segment is read

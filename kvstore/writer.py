@@ -23,8 +23,9 @@ from kvstore.gaps import Gap, Watch
 from kvstore.gather import SMALL_BYTES, STAGED_BYTES_MAX, Staging, cut, size_of
 from kvstore.layout import Layout, WriterLock, ticks_ns
 from kvstore.schema import Array, BatchLike, Field, Schema, check_name
-from kvstore.segment import EncodedBatch, StreamInfo
+from kvstore.segment import EncodedBatch
 from kvstore.settings import Settings
+from kvstore.state import StreamInfo
 from kvstore.timestamps import plain_time, time_to_ns
 
 FLUSH_INTERVAL_S: Final = 0.1

@@ -27,6 +27,7 @@ FLOORS = (
     ("environment",),
     ("pages",),
     ("pickled", "pickle_machine", "unpickle", "packets", "generate"),
+    ("state",),
     ("segment",),
     ("layout", "gather", "changes"),
     ("requests", "retention"),

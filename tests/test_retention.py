@@ -23,8 +23,8 @@ import kvstore
 from kvstore import DiskFull, Settings, StoreError, layout, requests, retention
 from kvstore.layout import Layout
 from kvstore.schema import Schema
-from kvstore.segment import Sealed, State, StreamInfo, Totals
 from kvstore.settings import Pin
+from kvstore.state import Sealed, State, StreamInfo, Totals
 
 MIB = 1 << 20
 ROWS = 500

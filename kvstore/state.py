@@ -1,0 +1,210 @@
+"""The state of a store as one commit left it: what the meta table holds, and its records.
+
+Streams with their schemas, totals, marks, summaries of sealed segments, what was dropped, the
+writing session, settings, pins and gaps. docs/format.md, section 9, has the bytes. Pure.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, NamedTuple
+
+from kvstore.gaps import Gap
+from kvstore.schema import Field, Schema
+from kvstore.settings import Pin, Settings
+
+FORMAT: Final = 1
+GONE: Final = object()  # in place of a meta record: delete it
+_STREAM: Final = struct.Struct(">I")
+_U64: Final = struct.Struct(">Q")
+
+
+class Totals(NamedTuple):
+    """What a segment holds of one stream. first, last: in the stream's own time type."""
+
+    rows: int = 0
+    batches: int = 0
+    raw_bytes: int = 0
+    stored_bytes: int = 0
+    first: Any = None
+    last: Any = None
+    next_sequence: int = 0
+
+    def plus(self, other: Totals) -> Totals:
+        """Both together; next_sequence is the later one."""
+        if not other.rows:
+            return self._replace(next_sequence=max(self.next_sequence, other.next_sequence))
+        return Totals(
+            self.rows + other.rows,
+            self.batches + other.batches,
+            self.raw_bytes + other.raw_bytes,
+            self.stored_bytes + other.stored_bytes,
+            other.first if self.first is None else min(self.first, other.first),
+            other.last if self.last is None else max(self.last, other.last),
+            max(self.next_sequence, other.next_sequence),
+        )
+
+
+class StreamInfo(NamedTuple):
+    """A stream as the meta table holds it. versions: field counts that its schema has had."""
+
+    stream_id: int
+    name: str
+    schema: Schema
+    versions: tuple[int, ...]
+
+
+class Sealed(NamedTuple):
+    """The one-line summary of a sealed segment, carried by every later one.
+
+    clock_ns: the store's own clock (State) at its last commit.
+    """
+
+    number: int
+    file_bytes: int
+    last_commit_ns: int
+    totals: dict[int, Totals]
+    clock_ns: int = 0
+
+
+class Dropped(NamedTuple):
+    """What retention has removed of one stream, in all. recorded_ns: when last."""
+
+    totals: Totals = Totals()
+    segments: int = 0
+    recorded_ns: int = 0
+
+
+class Session(NamedTuple):
+    """The newest writing process. closed_ns: 0 while it writes, or where it never closed.
+
+    interval_s: its flush interval, None where only flush commits.
+    """
+
+    opened_ns: int = 0
+    closed_ns: int = 0
+    interval_s: float | None = None
+
+
+@dataclass(slots=True)
+class State:
+    """All of a segment's meta table: what the store is as of one commit.
+
+    clock_ns: the store's own clock, by which segments age. It never goes back, and while a
+    writer lives it does not jump either. gaps: only where they were asked for.
+    """
+
+    store_id: bytes
+    number: int
+    created_ns: int
+    commit: int = 0  # LMDB's transaction id of what was read; not stored
+    last_commit_ns: int = 0
+    streams: dict[str, StreamInfo] = field(default_factory=dict)
+    totals: dict[int, Totals] = field(default_factory=dict)
+    marks: dict[str, Any] = field(default_factory=dict)
+    sealed: dict[int, Sealed] = field(default_factory=dict)
+    dropped: dict[int, Dropped] = field(default_factory=dict)
+    clock_ns: int = 0
+    session: Session = field(default_factory=Session)
+    settings: Settings = field(default_factory=Settings)
+    pins: dict[int, Pin] = field(default_factory=dict)
+    gaps: dict[int, Gap] = field(default_factory=dict)
+
+    def stream_totals(self, stream_id: int) -> Totals:
+        """A stream's totals over the whole store."""
+        total = Totals()
+        for summary in self.sealed.values():
+            total = total.plus(summary.totals.get(stream_id, Totals()))
+        return total.plus(self.totals.get(stream_id, Totals()))
+
+
+def meta_records(state: State) -> dict[bytes, Any]:
+    """A state as meta records; docs/format.md describes each."""
+    records: dict[bytes, Any] = {
+        b"identity": [FORMAT, state.store_id, state.number, state.created_ns],
+        b"commit": state.last_commit_ns,
+    }
+    for info in state.streams.values():
+        records |= stream_record(info)
+    for stream_id, totals in state.totals.items():
+        records[b"total:" + _STREAM.pack(stream_id)] = totals
+    for name, value in state.marks.items():
+        records[mark_key(name)] = value
+    for sealed in state.sealed.values():
+        records[numbered_key("sealed", sealed.number)] = sealed
+    for stream_id, dropped in state.dropped.items():
+        records[dropped_key(stream_id)] = dropped
+    for pin in state.pins.values():
+        records[numbered_key("pin", pin.pin_id)] = pin
+    for number, gap in state.gaps.items():
+        records[numbered_key("gap", number)] = gap
+    records[b"clock"] = state.clock_ns
+    records[b"session"] = state.session
+    records[b"settings"] = state.settings._asdict()
+    return records
+
+
+def stream_record(info: StreamInfo) -> dict[bytes, Any]:
+    """The meta record of a stream's definition."""
+    fields = [each.to_record() for each in info.schema.fields]
+    value = [info.name, info.schema.time, list(info.versions), fields]
+    return {b"stream:" + _STREAM.pack(info.stream_id): value}
+
+
+def total_key(stream_id: int) -> bytes:
+    """Meta key of a stream's totals."""
+    return b"total:" + _STREAM.pack(stream_id)
+
+
+def dropped_key(stream_id: int) -> bytes:
+    """Meta key of what retention removed of a stream."""
+    return b"dropped:" + _STREAM.pack(stream_id)
+
+
+def numbered_key(kind: Literal["sealed", "pin", "gap"], number: int) -> bytes:
+    """Meta key of one of many: a sealed segment's summary, a pin, a gap."""
+    return kind.encode() + b":" + _U64.pack(number)
+
+
+def mark_key(name: str) -> bytes:
+    """Meta key of a mark."""
+    return b"mark:" + name.encode()
+
+
+def read_meta_record(state: State, key: bytes, record: Any) -> None:
+    """Put one record of the meta table into the state."""
+    kind, _, rest = key.partition(b":")
+    if kind == b"commit":
+        state.last_commit_ns = record
+    elif kind == b"stream":
+        name, time, versions, fields = record
+        schema = Schema(tuple(Field.from_record(each) for each in fields), time)
+        stream_id = _STREAM.unpack(rest)[0]
+        state.streams[name] = StreamInfo(stream_id, name, schema, tuple(versions))
+    elif kind == b"total":
+        state.totals[_STREAM.unpack(rest)[0]] = Totals(*record)
+    elif kind == b"mark":
+        state.marks[rest.decode()] = record
+    elif kind == b"sealed":
+        number, file_bytes, last_commit_ns, totals, *clock = record
+        per_stream = {stream_id: Totals(*each) for stream_id, each in totals.items()}
+        state.sealed[number] = Sealed(number, file_bytes, last_commit_ns, per_stream, *clock)
+    else:
+        _read_operations(state, kind, rest, record)
+
+
+def _read_operations(state: State, kind: bytes, rest: bytes, record: Any) -> None:
+    if kind == b"dropped":
+        totals, *others = record
+        state.dropped[_STREAM.unpack(rest)[0]] = Dropped(Totals(*totals), *others)
+    elif kind == b"clock":
+        state.clock_ns = record
+    elif kind == b"session":
+        state.session = Session(*record)
+    elif kind == b"settings":
+        state.settings = Settings.from_record(record)
+    elif kind == b"pin":
+        state.pins[_U64.unpack(rest)[0]] = Pin(*record)
+    elif kind == b"gap":
+        state.gaps[_U64.unpack(rest)[0]] = Gap(*record)
