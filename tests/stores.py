@@ -13,11 +13,13 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
 import kvstore
 
@@ -97,6 +99,12 @@ def run(code: str, *args: object, **options: object) -> str:
         out, _ = child.communicate(timeout=120)
     assert child.returncode == 0, f"exit {child.returncode}: {out}"
     return out
+
+
+def quick_first(cases: Iterable[str]) -> list[Any]:
+    """Parameters of a test: the first is in the default suite, the others are slow."""
+    first, *others = cases
+    return [first, *(pytest.param(each, marks=pytest.mark.slow) for each in others)]
 
 
 # ---- numbered batches: one time each, `v` numbers the rows through ----

@@ -676,14 +676,14 @@ def test_progress_is_shown_on_a_terminal_with_rate_rows_bytes_and_disk_left(tmp_
 # ---- help ----
 
 
-def test_help_explains_every_command_with_examples_that_exist():
+def test_help_explains_every_command_with_examples_that_exist(here):
     whole = run("--help")
     assert (whole.code, whole.err) == (0, "")
     assert run().code == 2  # nothing asked for: the same help, as wrong usage
     assert "Usage: kvstore" in run().err + run().text
     commands = re.findall(r"^  (\w+)  +[A-Z]", whole.text.split("Commands:")[1], re.MULTILINE)
     assert commands[:4] == ["generate", "write", "read", "replay"]  # in the order of their use
-    helps = {name: run(name, "-h").text for name in commands}
+    helps = {name: here(name, "-h").text for name in commands}
     for text in [whole.text, *helps.values()]:
         assert "Traceback" not in text
         examples = re.findall(r"kvstore (\w+) ([^|>\n]*)", text.split("Examples:")[1])

@@ -20,7 +20,7 @@ from stores import check_store, run, start
 import kvstore
 from kvstore.reading import Scan, make_range
 
-QUICK_KILLS = int(os.environ.get("KVSTORE_KILLS", "16"))
+QUICK_KILLS = int(os.environ.get("KVSTORE_KILLS", "8"))
 LONG_KILLS = int(os.environ.get("KVSTORE_KILLS", "160"))
 
 CONTENT = """

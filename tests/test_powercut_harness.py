@@ -314,6 +314,7 @@ def test_power_is_cut_at_every_position_near_a_change_of_names():
 # ---- bare LMDB ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_synced_lmdb_keeps_its_promises(shim, place):
     log = recorded(shim, place, __file__, "sync")
     report = checker.check_log(log, check_rows, count=300, seed=1)
