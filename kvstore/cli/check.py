@@ -127,12 +127,12 @@ def recover(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Bring everything that can be read out of a damaged store into a new one.
+    """Bring out of a damaged store all that can be read.
 
-    The source is never written to, and must not be while this runs; truncated, torn and missing
-    segments are no obstacle. The new store has an id of its own, settings, pins, marks and gaps
-    of the old one, and what was lost as further gaps. It appears complete or not at all. Exit
-    code 3 says that something was lost, and what.
+    It goes into a new store. The source is never written to, and must not be while this runs;
+    truncated, torn and missing segments are no obstacle. The new store has an id of its own,
+    settings, pins, marks and gaps of the old one, and what was lost as further gaps. It appears
+    complete or not at all. Exit code 3 says that something was lost, and what.
     """
     libc.keep_freed_memory()
     progress = _Progress()
@@ -153,17 +153,18 @@ def backup(
     *,
     as_json: Json = False,
 ) -> None:
-    """Copy a store, while it is being written to; again to the same place, only what is new.
+    """Copy a store, also while it is being written.
 
-    Every copy is checked and read back; sealed segments that are there already are not looked at
-    again: kvstore verify DEST does that. A backup is a store: any command can read it. Until the
-    first is complete, DEST is no store; cut short, the next run goes on where it ended.
+    To the same place again, only what is new is copied. Every copy is checked and read back; sealed
+    segments that are there already are not looked at again: kvstore verify DEST does that. A backup
+    is a store: any command can read it. Until the first is complete, DEST is no store; cut short,
+    the next run goes on where it ended.
 
     DEST follows the store: segments that retention or kvstore drop has removed since are removed
     there, too, pinned ones stay. To keep a state for good, back up to another folder.
 
-    Damage in the store is reported, exit code 3, and ends nothing: the rest is backed up, and
-    sound copies are not replaced by damaged ones.
+    Damage in the store is reported, exit code 3, and ends nothing: the rest is backed up, and sound
+    copies are not replaced by damaged ones.
     """
     progress = _Progress()
     with progress.bar():

@@ -51,11 +51,11 @@ def export(
     ordered: Ordered = False,
     as_json: Json = False,
 ) -> None:
-    """Write the rows of a time range, both ends included, to a file for other tools.
+    """Write a time range to a file for other tools.
 
-    Values are exact, times included. The file appears complete or not at all, replacing one of
-    that name, and memory stays bounded whatever the range. Exit code 3 says that damaged
-    batches had to be left out.
+    Both ends are included. Values are exact, times included. The file appears complete or not at
+    all, replacing one of that name, and memory stays bounded whatever the range. Exit code 3 says
+    that damaged batches had to be left out.
     """
     check_range(start, stop, last)
     _check_suffix(output, FORMATS)

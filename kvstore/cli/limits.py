@@ -105,11 +105,11 @@ def set_(
     clock_step: ClockStep = None,
     as_json: _Json = False,
 ) -> None:
-    """Change what a store keeps of limits, and show it; also while it is being written.
+    """Change or show the limits that a store keeps.
 
-    The limits stay with the store, for every later writer. Whole sealed segments are dropped, the
-    oldest first, all streams together: what is to live longer goes to a store of its own. "none"
-    takes a limit away.
+    Also while it is being written. The limits stay with the store, for every later writer. Whole
+    sealed segments are dropped, the oldest first, all streams together: what is to live longer goes
+    to a store of its own. "none" takes a limit away.
     """
     given = changes(
         max_bytes=max_bytes,
@@ -151,10 +151,11 @@ def drop(
     ],
     as_json: _Json = False,
 ) -> None:
-    """Drop old data, also while the store is being written.
+    """Drop old data.
 
-    Goes by the time of the data. Whole segments go, of all streams together; those that hold
-    later rows too, or rows of a pinned range, are kept, and it says so.
+    Also while the store is being written. Goes by the time of the data. Whole segments go, of all
+    streams together; those that hold later rows too, or rows of a pinned range, are kept, and it
+    says so.
     """
     done = control.drop(path, before)
     if as_json:
@@ -181,9 +182,10 @@ def pin(
     ] = None,
     label: Annotated[str, typer.Option(metavar="TEXT", help="Why, such as door opened.")] = "",
 ) -> None:
-    """Keep the segments of a time range from being dropped, also while the store is written.
+    """Keep a time range from being dropped.
 
-    Those that come later and hold rows of the range are kept, too. Prints the pin's number.
+    Its segments stay as a whole; also while the store is being written. Those that come later and
+    hold rows of the range are kept, too. Prints the pin's number.
     """
     if start is None and stop is None:
         raise typer.BadParameter("give --start, --stop or both: what is to be kept?")
@@ -199,11 +201,11 @@ def unpin(
 
 
 def gaps(path: _Store, *, as_json: _Json = False) -> None:
-    """List what is missing or doubtful: dropped, damaged or rejected rows, silence, clock steps.
+    """List what is known to be missing or doubtful.
 
-    Lines of start, stop, kind, stream, rows, occurrences and detail, separated by tabs. Starts
-    and stops of the kinds rejected and unclean_stop are those of this machine's clock, of the
-    others those of the data.
+    Dropped, damaged or rejected rows, silence, clock steps, unclean stops. Lines of start, stop,
+    kind, stream, rows, occurrences and detail, separated by tabs. Starts and stops of the kinds
+    rejected and unclean_stop are those of this machine's clock, of the others those of the data.
     """
     with stores.open_store(path) as store:
         found = store.gaps()

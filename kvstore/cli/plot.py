@@ -112,11 +112,12 @@ def plot(
         int, typer.Option(min=30, max=600, metavar="N", help="Dots per inch of a .png.")
     ] = 120,
 ) -> None:
-    """Draw a time range: rate with gaps, scalar fields over time, mean and percentile images.
+    """Draw a time range to a picture.
 
-    Any numeric stream can be drawn; text is left out. Memory stays bounded whatever the range;
-    of more than 1 GB a random part is read, and the figure says so. Needs matplotlib: pip
-    install 'kvstore[plot]'. Exit code 3 says that damaged batches had to be left out.
+    Rate with gaps, scalar fields over time, mean and percentile images. Any numeric stream can be
+    drawn; text is left out. Memory stays bounded whatever the range; of more than 1 GB a random
+    part is read, and the figure says so. Needs matplotlib: pip install 'kvstore[plot]'. Exit code 3
+    says that damaged batches had to be left out.
     """
     check_range(start, stop, last)
     if output.suffix[1:] not in FORMATS:
