@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from kvstore import requests
 from kvstore.errors import StoreError, StoreLocked
+from kvstore.gaps import Gap
 from kvstore.layout import Layout
 from kvstore.settings import Settings, storable
 from kvstore.store import open_store
@@ -23,6 +24,7 @@ from kvstore.timestamps import TimeLike, Unit, range_ns
 
 PATIENCE_S: Final = 30.0  # a commit takes less, even on a slow disk
 _POLL_S: Final = 0.02
+_NOTED_AT_ONCE: Final = 30  # a request has at most 64 KiB, a gap's texts less than 2
 _TRY_S: Final = 1.0  # between looks whether the writer is still there
 StorePath = str | os.PathLike[str]
 
@@ -55,6 +57,15 @@ def unpin(path: StorePath, pin_id: int) -> None:
 def drop(path: StorePath, before: TimeLike, *, unit: Unit | None = None) -> dict[str, Any]:
     """Drop the segments whose rows are all before a time: see ``Store.drop``."""
     return _ask(path, "drop", {"before_ns": range_ns(before, None, unit=unit)[0]})
+
+
+def note_gaps(path: StorePath, gaps: Sequence[Gap]) -> int:
+    """Record gaps that no recorded one covers; how many."""
+    new = 0
+    for first in range(0, len(gaps), _NOTED_AT_ONCE):
+        some = [list(gap) for gap in gaps[first : first + _NOTED_AT_ONCE]]
+        new += int(_ask(path, "note", {"gaps": some})["new"])
+    return new
 
 
 def _ask(path: StorePath, what: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

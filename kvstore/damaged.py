@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
-from kvstore import retention
+from kvstore import control, retention
 from kvstore.gaps import Gap
 from kvstore.state import State, Totals
 from kvstore.store import Store, open_store
@@ -20,29 +20,18 @@ from kvstore.untrusted import Damage
 def record_damages(path: str | os.PathLike[str], damages: Sequence[Damage]) -> int:
     """Note what ``verify`` found as gaps of the store, durably; how many there are new.
 
-    Becomes the store's writer for that: StoreLocked while another process is, StoreFormatError
-    or DamageError where the newest segment is too damaged to be opened for writing.
+    Also while another process writes, which then does it. StoreFormatError or DamageError where
+    the newest segment is too damaged to be opened.
     """
-    with open_store(path, "w") as store:
-        return note(store, damage_gaps(store.state(), damages))
+    with open_store(path) as store:
+        state = store.state()
+    return control.note_gaps(path, list(damage_gaps(state, damages)))
 
 
 def note(store: Store, gaps: Iterable[Gap]) -> int:
-    """Note those that no gap of the store covers; how many."""
-    known = [gap for gap in store.gaps() if gap.kind == "damaged"]
-    fresh = 0
-    for gap in gaps:
-        if not any(_covers(each, gap) for each in known):
-            known.append(gap)
-            fresh += 1
-            store.note_gap(**{key: getattr(gap, key) for key in gap._fields[:-1]})
-    store.flush()
-    return fresh
-
-
-def _covers(old: Gap, new: Gap) -> bool:
-    is_within = old.start_ns <= new.start_ns and new.stop_ns <= old.stop_ns
-    return is_within and (old.kind, old.stream) == (new.kind, new.stream)
+    """The same for an open store's own writer, of any gaps."""
+    asked = {"gaps": [list(gap) for gap in gaps]}
+    return int(store.writer().perform("note", asked)["new"])
 
 
 def damage_gaps(state: State, damages: Iterable[Damage]) -> Iterator[Gap]:

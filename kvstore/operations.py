@@ -1,4 +1,4 @@
-"""What can be asked of a store that is being written: set, pin, unpin, drop.
+"""What can be asked of a store that is being written: set, pin, unpin, drop, note.
 
 Carried out on the commit thread, between two commits; durable on return. Each does no more when
 it is repeated than when it is done once. Results are plain values, for requests travel as files.
@@ -14,6 +14,7 @@ from kvstore import requests, retention
 from kvstore.active import Active
 from kvstore.changes import Unpin
 from kvstore.errors import StoreError
+from kvstore.gaps import Gap, checked
 from kvstore.settings import LABEL_CHARS_MAX, PINS_MAX, Pin, storable
 from kvstore.state import Sealed, State, Totals
 from kvstore.timestamps import MAX_NS, MIN_NS
@@ -110,6 +111,24 @@ def _check_times(*times_ns: int) -> None:
             raise StoreError(f"{time_ns!r} is no time in ns since 1970")
 
 
+def note(active: Active, *, gaps: list[list[Any]]) -> dict[str, Any]:
+    """Record these gaps, but for those that one of their kind and stream covers; how many."""
+    known = list(active.state.gaps.values())
+    fresh = []
+    for gap in [checked(Gap(*each)) for each in gaps]:
+        if not any(_covers(each, gap) for each in known):
+            known.append(gap)
+            fresh.append(gap)
+    if fresh:
+        active.change(*fresh)
+    return {"new": len(fresh)}
+
+
+def _covers(old: Gap, new: Gap) -> bool:
+    is_within = old.start_ns <= new.start_ns and new.stop_ns <= old.stop_ns
+    return is_within and (old.kind, old.stream) == (new.kind, new.stream)
+
+
 def _kept(state: State, before_ns: int) -> Iterator[dict[str, Any]]:
     """Segments that hold rows from before that time and stay all the same."""
     for sealed in sorted(state.sealed.values()):
@@ -140,5 +159,5 @@ def _rows(totals: dict[int, Totals]) -> int:
 
 
 _OPERATIONS: Final[dict[str, Callable[..., dict[str, Any]]]] = {
-    "set": set_, "pin": pin, "unpin": unpin, "drop": drop,
+    "set": set_, "pin": pin, "unpin": unpin, "drop": drop, "note": note,
 }  # fmt: skip

@@ -72,8 +72,7 @@ def verify(
         bool,
         typer.Option(
             "--record",
-            help="Record what is found as gaps of the store, each once: see kvstore gaps. For "
-            "that no other process may be writing to it.",
+            help="Record what is found as gaps of the store, each once: see kvstore gaps.",
         ),
     ] = False,
     as_json: Json = False,
