@@ -238,7 +238,9 @@ class Active:
     # ---- rolling ----
 
     def _limit_bytes(self) -> int:
-        return retention.segment_bytes(self.state.settings, self._segment_bytes)
+        return retention.segment_bytes(
+            self.state.settings, self._segment_bytes, self.layout.disk_bytes()
+        )
 
     def _is_full(self) -> bool:
         if not self._has_rows():

@@ -193,6 +193,12 @@ class Layout:
             found = os.statvfs(self.path)
         return found.f_bavail * found.f_frsize
 
+    def disk_bytes(self) -> int:
+        """The size of the disk."""
+        with translated(self.path):
+            found = os.statvfs(self.path)
+        return found.f_blocks * found.f_frsize
+
     def writer(self) -> bytes:
         """What the writer lock says: changes whenever a writer starts; cheap."""
         try:

@@ -133,7 +133,7 @@ class _Recovery:
         self._survey()
         self._define()
         limits = self._newest.settings if self._newest else Settings()
-        size = retention.segment_bytes(limits, None)
+        size = retention.segment_bytes(limits, None, Layout(fresh.parent).disk_bytes())
         # Without limits until all is there; and as it arrives now, time steps anywhere.
         unlimited = Settings(clock_step_s=None)
         with open_store(fresh, "w", segment_bytes=size, settings=unlimited) as store:

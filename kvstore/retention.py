@@ -46,15 +46,19 @@ class Plan(NamedTuple):
     missing: str = ""
 
 
-def segment_bytes(settings: Settings, wanted: int | None) -> int:
-    """Size at which a segment is sealed. wanted: what the user asked for."""
+def segment_bytes(settings: Settings, wanted: int | None, disk_bytes: int) -> int:
+    """Size at which a segment is sealed. wanted: what the user asked for.
+
+    disk_bytes: the limit of a store that drops its oldest segments and has no other.
+    """
     size = SEGMENT_BYTES if wanted is None else wanted
-    if settings.max_bytes is None:
+    if settings.max_bytes is None and not settings.drops_oldest:
         return size
+    limit = disk_bytes if settings.max_bytes is None else settings.max_bytes
     if wanted is None:
-        part = settings.max_bytes // SEGMENTS_OF_MAX_BYTES
+        part = limit // SEGMENTS_OF_MAX_BYTES
         size = min(max(part, SEGMENT_BYTES_LIMITED_MIN), SEGMENT_BYTES)
-    return min(size, settings.max_bytes // _SEGMENTS_MIN)
+    return min(size, limit // _SEGMENTS_MIN)
 
 
 def plan(state: State, sizes: Sizes) -> Plan:

@@ -78,7 +78,8 @@ def open_store(
     flush_interval_s: how long an appended row may wait for its commit, in seconds. None: only
     ``flush`` commits, all rows since the last flush and its marks in one transaction.
     segment_bytes: size at which a segment is sealed and the next one begun; at least 64 KiB.
-    By default 2 GiB, or a sixteenth of the store's max_bytes within 64 MiB and 2 GiB.
+    By default 2 GiB; where the oldest are to be dropped, a sixteenth of max_bytes, or without it
+    of the disk, within 64 MiB and 2 GiB.
     settings: limits and what counts as a gap, kept in the store in place of those it has.
 
     Raises StoreNotFound, StoreFormatError, StoreLocked.

@@ -69,7 +69,8 @@ class Writer:
         try:
             if not layout.exists():
                 limits = settings or Settings()
-                layout.create(retention.segment_bytes(limits, segment_bytes))
+                size = retention.segment_bytes(limits, segment_bytes, layout.disk_bytes())
+                layout.create(size)
             layout.store_id()
             layout.tidy()
             self._committer = Committer(

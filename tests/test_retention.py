@@ -897,8 +897,13 @@ def test_both_limits_of_size_are_kept_at_once():
 
 
 def test_segment_sizes_suit_the_limit():
-    size = retention.segment_bytes
+    def size(settings, wanted):
+        return retention.segment_bytes(settings, wanted, 4 << 30)
+
     assert size(Settings(), None) == 2 << 30
+    assert size(Settings(min_free_bytes=1 << 30), None) == 256 << 20  # of a small disk a sixteenth
+    assert size(Settings(when_full="drop-oldest"), None) == 256 << 20
+    assert size(Settings(min_free_bytes=1 << 30, when_full="stop"), None) == 2 << 30
     assert size(Settings(max_bytes=800 * 10**9), None) == 2 << 30
     assert size(Settings(max_bytes=16 << 30), None) == 1 << 30
     assert size(Settings(max_bytes=512 << 20), None) == 64 << 20

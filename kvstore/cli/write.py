@@ -80,7 +80,7 @@ def write(
         int | None,
         typer.Option(
             help="Size at which a new segment is begun; 2GiB if not given, or a sixteenth of "
-            "the store's max-bytes.",
+            "what the store may take.",
             show_default=False,
             parser=size_bytes,
             metavar="SIZE",
