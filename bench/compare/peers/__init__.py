@@ -1,0 +1,1 @@
+"""One module for each store; peer.py says what each offers."""
