@@ -1,6 +1,7 @@
 """``python -m bench [NAMES…]``: measure, print a table on stderr, write JSON.
 
-``python -m bench soak`` is another matter: see soak.py.
+``python -m bench soak`` and ``python -m bench compare`` are other matters: see soak.py and
+compare/run.py.
 
 Exit codes: 0 everything was measured, whether the targets were met or not; 1 something could
 not be measured; 2 wrong usage.
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import kvstore
 from bench import capture, lookup, memory, pipes, reading, report, soak, startup
+from bench.compare import run as compare
 from bench.figure import BenchError, Figure, Measurement, Setting
 from bench.host import describe, filesystem
 from bench.measure import scratch
@@ -42,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["soak"]:
         return soak.main(arguments[1:])
+    if arguments[:1] == ["compare"]:
+        return compare.main(arguments[1:])
     options = _parser().parse_args(arguments)
     if options.list:
         for measurement in MEASUREMENTS:
