@@ -13,7 +13,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -34,7 +34,6 @@ RANGE_SHARE = 0.01
 READY, DONE = ".ready", ".done"
 _WARM_UP_ROWS = 50
 _RETRY_S = 0.005
-# A reader beside a writer that sees nothing for so long after the writer's end never will.
 _STEP = 4096
 
 
@@ -58,7 +57,9 @@ def read(store: Peer, path: Path, packets: Path) -> dict[str, float]:
         _expect(_used(store, path, ["spectral"]), rows)
 
     spans = [(start, stop) for start, stop, _ in places[:RANGES]]
-    full(), spectral(), _used(store, path, FIELDS, *spans[0])
+    full()
+    spectral()
+    _used(store, path, FIELDS, *spans[0])
     return {
         "full_s": seconds(full),
         "spectral_s": seconds(spectral),
@@ -169,7 +170,8 @@ def _until(batches: Iterator[Batch], done: Path) -> Iterator[Batch]:
                 return
 
 
-def _generator(batches: Iterator[Batch]) -> Iterator[Batch]:  # what it wraps closes with it
+def _generator(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
+    """Give an iterator that may be a generator a close; what it wraps closes with it."""
     yield from batches
 
 

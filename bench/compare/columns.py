@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,30 +13,32 @@ if TYPE_CHECKING:
     from kvstore.schema import Batch
 
 
-def table(batch: Batch, metadata: Mapping[str, str] | None = None) -> Any:
-    """See a batch as an Arrow table; metadata is every list field's."""
+def table(batch: Batch, *, fixed: bool = True) -> Any:
+    """See a batch as an Arrow table; a row's values are a list of fixed or of variable size."""
     import pyarrow as pa  # noqa: PLC0415  # a peer's
 
     arrays, fields = [], []
     for name, (_, shape) in FIELDS.items():
-        values = pa.array(batch[name].reshape(-1))
-        array = pa.FixedSizeListArray.from_arrays(values, int(np.prod(shape))) if shape else values
+        array, size = pa.array(batch[name].reshape(-1)), int(np.prod(shape))
+        if shape and fixed:
+            array = pa.FixedSizeListArray.from_arrays(array, size)
+        elif shape:
+            ends = pa.array(np.arange(0, len(array) + 1, size, dtype=np.int32))
+            array = pa.ListArray.from_arrays(ends, array)
         arrays.append(array)
-        fields.append(pa.field(name, array.type, nullable=False, metadata=metadata if shape else None))
+        fields.append(pa.field(name, array.type, nullable=False))
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
 
 def batch_of(record: Any, fields: Sequence[str]) -> Batch:
     """See a record batch as arrays."""
-    return {
-        name: _values(record.column(name)).reshape(-1, *FIELDS[name][1]) for name in fields
-    }
+    return {name: _values(record.column(name)).reshape(-1, *FIELDS[name][1]) for name in fields}
 
 
 def _values(column: Any) -> Any:
     import pyarrow as pa  # noqa: PLC0415  # a peer's
 
-    flat = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
+    flat = column.flatten() if pa.types.is_nested(column.type) else column
     return flat.to_numpy(zero_copy_only=False)
 
 

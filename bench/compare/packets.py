@@ -111,3 +111,13 @@ def within(batch: Batch, times: NDArray[Any], start: float, stop: float) -> Batc
     first = int(np.searchsorted(times, start, side="left"))
     last = int(np.searchsorted(times, stop, side="right"))
     return {name: array[first:last] for name, array in batch.items()}
+
+
+def pieces(times: NDArray[Any], start: float, stop: float) -> Iterator[slice]:
+    """Cut the rows in [start, stop] at whole chunks, so that none is decompressed twice."""
+    first = int(np.searchsorted(times, start, side="left"))
+    last = int(np.searchsorted(times, stop, side="right"))
+    while first < last:
+        end = min(last, first - first % CHUNK_ROWS + CHUNK_ROWS)
+        yield slice(first, end)
+        first = end

@@ -1,5 +1,7 @@
-"""A folder with a file for each commit, named by number and time span: how Arrow and Parquet
-datasets grow. Written under another name, fsynced, renamed, folder fsynced: durable and whole.
+"""A folder with a file for each commit, as Arrow and Parquet datasets grow.
+
+Named by number and time span. Written under another name, fsynced, renamed, folder fsynced:
+durable and whole.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ PEERS = (
     "sqlite",
     "rocksdb",
     "mcap_lz4",
-    "lance_lz4",
+    "lance_fixed",
+    "lance_lists",
     "duckdb_",
     "tiledb_lz4",
     "arctic",
@@ -57,9 +58,7 @@ class Peer(Protocol):
     def write(self, path: Path, batches: Iterable[Batch]) -> None:
         """Write everything; durable when it returns."""
 
-    def read(
-        self, path: Path, start: float, stop: float, fields: Sequence[str]
-    ) -> Iterator[Batch]:
+    def read(self, path: Path, start: float, stop: float, fields: Sequence[str]) -> Iterator[Batch]:
         """Yield what is in [start, stop]."""
 
 

@@ -90,9 +90,9 @@ def markdown(profile: str, rows: Sequence[Row]) -> str:
     limit, ours, *peers = rows
     memcpy = limit.median("memcpy") or 0.0
     heads = ["store", "durable", *(c.heading for c in COLUMNS), "write x size", "full x size"]
+    about = "in brackets, how many times better kvstore was beside it; bold where it lost"
     lines = [
-        f"{profile}: in brackets, how many times better kvstore was beside it; bold where it lost."
-        f" memcpy {memcpy:.2f} GB/s.",
+        f"{profile}: {about}. memcpy {memcpy:.2f} GB/s.",
         "",
         "| " + " | ".join(heads) + " |",
         "|---" * len(heads) + "|",

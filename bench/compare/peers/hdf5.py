@@ -11,9 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from bench.compare.packets import CHUNK_ROWS, COMMIT_ROWS, FIELDS, blocks
+from bench.compare.packets import CHUNK_ROWS, COMMIT_ROWS, FIELDS, blocks, pieces
 from bench.compare.peer import sync
 
 if TYPE_CHECKING:
@@ -60,11 +58,6 @@ def read(path: Path, start: float, stop: float, fields: Sequence[str]) -> Iterat
     import h5py  # noqa: PLC0415  # a peer
 
     with h5py.File(path, "r", swmr=True, libver="latest", rdcc_nbytes=_CACHE_BYTES) as file:
-        times = file["timestamps"][:]
-        first = int(np.searchsorted(times, start, side="left"))
-        last = int(np.searchsorted(times, stop, side="right"))
-        ends = {name: len(file[name]) for name in fields}
-        last = min(last, *ends.values())
-        for at in range(first - first % CHUNK_ROWS, last, CHUNK_ROWS):
-            rows = slice(max(first, at), min(last, at + CHUNK_ROWS))
+        times = file["timestamps"][: min(len(file[name]) for name in FIELDS)]
+        for rows in pieces(times, start, stop):
             yield {n: times[rows] if n == "timestamps" else file[n][rows] for n in fields}

@@ -63,9 +63,7 @@ def read(path: Path, start: float, stop: float, fields: Sequence[str]) -> Iterat
     last_ns = None if stop == float("inf") else int(stop * 1e9) + _WIDER_NS
     batch: Batch = {}
     with path.open("rb") as file:
-        messages = make_reader(file).iter_messages(
-            wanted, starting_at=first_ns, ending_at=last_ns
-        )
+        messages = make_reader(file).iter_messages(wanted, starting_at=first_ns, ending_at=last_ns)
         for _, channel, message in messages:
             batch[channel.topic] = array_of(channel.topic, message.data)
             if len(batch) == len(wanted):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.compare.packets import CHUNK_ROWS, COMMIT_ROWS, FIELDS, blocks
+from bench.compare.packets import CHUNK_ROWS, COMMIT_ROWS, FIELDS, blocks, pieces
 from bench.compare.peer import Syncer
 
 if TYPE_CHECKING:
@@ -65,12 +65,9 @@ def read(path: Path, start: float, stop: float, fields: Sequence[str]) -> Iterat
     with tiledb.open(str(path / "timestamps")) as array:
         span = array.nonempty_domain()
         times = array[: span[0][1] + 1] if span else np.empty(0)
-    first = int(np.searchsorted(times, start, side="left"))
-    last = int(np.searchsorted(times, stop, side="right"))
     arrays = {name: tiledb.open(str(path / name)) for name in fields if name != "timestamps"}
     try:
-        for at in range(first - first % CHUNK_ROWS, last, CHUNK_ROWS):
-            rows = slice(max(first, at), min(last, at + CHUNK_ROWS))
+        for rows in pieces(times, start, stop):
             yield {n: times[rows] if n == "timestamps" else arrays[n][rows] for n in fields}
     finally:
         for array in arrays.values():

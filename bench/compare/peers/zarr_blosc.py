@@ -10,9 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from bench.compare.packets import CHUNK_ROWS, COMMIT_ROWS, FIELDS, blocks
+from bench.compare.packets import CHUNK_ROWS, COMMIT_ROWS, FIELDS, blocks, pieces
 from bench.compare.peer import Syncer
 
 if TYPE_CHECKING:
@@ -55,8 +53,5 @@ def read(path: Path, start: float, stop: float, fields: Sequence[str]) -> Iterat
     group = zarr.open_group(path, mode="r")
     arrays = {name: group[name] for name in fields}
     times = group["timestamps"][:]
-    first = int(np.searchsorted(times, start, side="left"))
-    last = int(np.searchsorted(times, stop, side="right"))
-    for at in range(first - first % CHUNK_ROWS, last, CHUNK_ROWS):
-        rows = slice(max(first, at), min(last, at + CHUNK_ROWS))
+    for rows in pieces(times, start, stop):
         yield {name: times[rows] if name == "timestamps" else arrays[name][rows] for name in fields}
