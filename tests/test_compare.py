@@ -90,10 +90,13 @@ def _in_process(act, name, store, source):
 
 @pytest.fixture
 def in_process(monkeypatch, tmp_path):
-    """Acts without the processes and without settling the machine; the folder to work in."""
+    """Small acts without processes and without settling the machine; the folder to work in."""
     monkeypatch.setattr(run, "_child", _in_process)
     monkeypatch.setattr(run, "_live", lambda *_: {"live_rows_s": 1.0, "live_write_s": 1.0})
     monkeypatch.setattr(run, "settle", lambda _: None)
+    monkeypatch.setattr(run, "TINY_BYTES", 2_000_000)
+    monkeypatch.setattr(child, "RANGES", 1)
+    monkeypatch.setattr(child, "FIRST_ROWS", 1)
     folder = tmp_path / "disk"
     folder.mkdir()
     return folder
@@ -101,8 +104,7 @@ def in_process(monkeypatch, tmp_path):
 
 # ArcticDB, as above.
 @pytest.mark.filterwarnings("ignore:Passing a BlockManager:DeprecationWarning")
-def test_the_whole_comparison_runs(in_process, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "TINY_BYTES", 4_000_000)
+def test_the_whole_comparison_runs(in_process, tmp_path, capsys):
     path = tmp_path / "found.json"
     assert cli.main(["compare", "--tiny", "--dir", str(in_process), "--json", str(path)]) == 0
     assert list(in_process.iterdir()) == []

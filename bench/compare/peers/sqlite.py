@@ -1,7 +1,7 @@
 """SQLite: a row a packet, arrays as BLOBs, a table for each field so that one can be read alone.
 
-WAL, synchronous=FULL, a transaction each 32 MB; pages of 16 KiB, which its documentation found best
-for BLOBs of 100 KB and more; mapped for reading. SQLite has no compression.
+WAL, synchronous=FULL, a transaction each 32 MB; pages of 16 KiB, which its documentation names for
+large BLOBs; mapped for reading. SQLite has no compression.
 """
 
 from __future__ import annotations
