@@ -13,11 +13,12 @@ Arrays that `read` yields are C-contiguous and stay valid. `read` opens, and clo
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -74,12 +75,17 @@ def missing(found: Peer) -> list[str]:
 
 def versions(found: Peer) -> dict[str, str]:
     """Name the installed distributions of a peer's packages."""
-    known = importlib.metadata.packages_distributions()
+    known = _distributions()
     return {
         package: importlib.metadata.version(known[package][0])
         for package in found.PACKAGES
         if package in known
     }
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
 
 
 def files(path: Path) -> list[Path]:

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import process
 from bench.compare import packets, table
@@ -52,22 +53,25 @@ def main(arguments: Sequence[str]) -> int:
                 rows = _compared(place, profile, size, rounds, options)
             found[profile] = rows
             print(table.markdown(profile, rows) + "\n", flush=True)
+    record = {
+        "started": started.isoformat(timespec="seconds"),
+        "host": host._asdict(),
+        "peers": {name: versions(peer(name)) for name in options.peers},
+        "size_bytes": size,
+        "rounds": rounds,
+        "seed": options.seed,
+        "profiles": {name: list(map(table.as_record, rows)) for name, rows in found.items()},
+    }
+    stamp = f"compare-{started:%Y-%m-%dT%H%M}-{host.slug()}.json"
     if options.json or not options.tiny:
-        stamp = f"compare-{started:%Y-%m-%dT%H%M}-{host.slug()}.json"
-        path = options.json or process.ROOT / "bench" / "results" / stamp
-        record = {
-            "started": started.isoformat(timespec="seconds"),
-            "host": host._asdict(),
-            "peers": {name: versions(peer(name)) for name in options.peers},
-            "size_bytes": size,
-            "rounds": rounds,
-            "seed": options.seed,
-            "profiles": {name: list(map(table.as_record, rows)) for name, rows in found.items()},
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {path}", file=sys.stderr)
+        _save(record, options.json or process.ROOT / "bench" / "results" / stamp)
     return int(any(row.failed for rows in found.values() for row in rows))
+
+
+def _save(record: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {path}", file=sys.stderr)
 
 
 def _compared(
