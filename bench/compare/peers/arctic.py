@@ -1,6 +1,6 @@
 """ArcticDB on LMDB: a symbol for each field, a DataFrame of a column a value, times as its index.
 
-An append for each 31 MB; what LMDB itself syncs is ArcticDB's choice, so the bench fsyncs too.
+An append for each 31 MB, which LMDB syncs by itself (seen with strace). Segments of 512 rows.
 Frames come by column and are copied into rows, which is what the other stores give.
 """
 
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench.compare.packets import CHUNK_ROWS, COMMIT_ROWS, FIELDS, blocks
-from bench.compare.peer import Syncer
 
 if TYPE_CHECKING:
     from kvstore.schema import Batch
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 NAME = "ArcticDB (LMDB), LZ4"
 PACKAGES: tuple[str, ...] = ("arcticdb", "pandas")
 COMPRESSES = True
-DURABILITY = "fsync by the bench each 31 MB, no transaction"
+DURABILITY = "each 31 MB, no transaction over symbols"
 LIVE = True
 _MAP = "64GB"
 _COLUMNS_MAX = 1024
@@ -39,14 +38,13 @@ def write(path: Path, batches: Iterable[Batch]) -> None:
     """Append a frame a field for each commit; the times last, they say what is there."""
     import pandas as pd  # noqa: PLC0415  # a peer
 
-    library, syncer = _library(path), Syncer(path)
+    library = _library(path)
     for block in blocks(batches):
         index = pd.DatetimeIndex((block["timestamps"] * 1e9).astype("datetime64[ns]"))
         for name in reversed(FIELDS):
             rows = block[name].reshape(len(index), -1)
             columns = [str(number) for number in range(rows.shape[1])]
             library.append(name, pd.DataFrame(rows, index, columns), prune_previous_versions=True)
-        syncer.sync()
 
 
 def read(path: Path, start: float, stop: float, fields: Sequence[str]) -> Iterator[Batch]:

@@ -1,8 +1,8 @@
 """Lance: one dataset, a list of fixed size for each array, as its documentation has tensors.
 
 Values of that width are stored as they are, whatever compression the field's metadata asks for
-(seen with 14.0.2, formats 2.0 to 2.3). An append is a fragment and a version; Lance leaves syncing
-to the file system, so the bench fsyncs what is new after each. A range is a filter on the times,
+(seen with 14.0.2, formats 2.0 to 2.3). An append is a fragment and a version; Lance never syncs
+(seen with strace), so the bench fsyncs what is new after each. A range is a filter on the times,
 with a zone map index made after writing.
 """
 

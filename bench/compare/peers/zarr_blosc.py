@@ -1,7 +1,7 @@
 """Zarr 3: one array a field, chunks of 1-2 MB as its documentation advises, Blosc-LZ4.
 
-Byte shuffle, clevel 5. Zarr leaves syncing to the file system: the bench fsyncs what is new after
-each commit; chunks and metadata of several arrays are no transaction. Whole chunks only.
+Byte shuffle, clevel 5. Zarr never syncs (seen with strace): the bench fsyncs what is new after each
+commit; chunks and metadata of several arrays are no transaction. Whole chunks only.
 """
 
 from __future__ import annotations
