@@ -113,11 +113,17 @@ def within(batch: Batch, times: NDArray[Any], start: float, stop: float) -> Batc
     return {name: array[first:last] for name, array in batch.items()}
 
 
-def pieces(times: NDArray[Any], start: float, stop: float) -> Iterator[slice]:
-    """Cut the rows in [start, stop] at whole chunks, so that none is decompressed twice."""
+def pieces(
+    times: NDArray[Any], start: float, stop: float, rows: int = CHUNK_ROWS
+) -> Iterator[slice]:
+    """Cut the rows in [start, stop] at whole chunks, so that none is decompressed twice.
+
+    The first piece ends with its chunk, whatever rows is, so that a range begins soon.
+    """
     first = int(np.searchsorted(times, start, side="left"))
     last = int(np.searchsorted(times, stop, side="right"))
+    step = CHUNK_ROWS
     while first < last:
-        end = min(last, first - first % CHUNK_ROWS + CHUNK_ROWS)
+        end = min(last, first - first % CHUNK_ROWS + step)
         yield slice(first, end)
-        first = end
+        first, step = end, rows

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.compare.packets import CHUNK_ROWS, COMMIT_ROWS, FIELDS, blocks
+from bench.compare.packets import CHUNK_ROWS, COMMIT_ROWS, FIELDS, blocks, pieces
 
 if TYPE_CHECKING:
     from kvstore.schema import Batch
@@ -48,16 +48,12 @@ def write(path: Path, batches: Iterable[Batch]) -> None:
 
 
 def read(path: Path, start: float, stop: float, fields: Sequence[str]) -> Iterator[Batch]:
-    """Search the times, then read row ranges: a segment first, then ten at a time."""
+    """Search the times, then read a segment first, then ten at a time."""
     library = _library(path)
     times = _rows(library.read("timestamps").data, "timestamps")
-    first = int(np.searchsorted(times, start, side="left"))
-    last = int(np.searchsorted(times, stop, side="right"))
-    step = CHUNK_ROWS
-    while first < last:
-        ends = (first, min(last, first - first % step + step))
+    for rows in pieces(times, start, stop, COMMIT_ROWS):
+        ends = (rows.start, rows.stop)
         yield {name: _rows(library.read(name, row_range=ends).data, name) for name in fields}
-        first, step = ends[1], COMMIT_ROWS
 
 
 def _rows(frame: Any, name: str) -> Any:

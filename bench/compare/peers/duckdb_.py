@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.compare.columns import batch_of, table
-from bench.compare.packets import blocks
+from bench.compare.packets import CHUNK_ROWS, blocks
 from bench.compare.peer import EVER
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ PACKAGES: tuple[str, ...] = ("duckdb", "pyarrow")
 COMPRESSES = True
 DURABILITY = "each 31 MB"
 LIVE = False
-_VECTOR_ROWS = 2048  # an engine's vector; a batch smaller than that is cut from one
 
 
 def write(path: Path, batches: Iterable[Batch]) -> None:
@@ -51,5 +50,5 @@ def read(path: Path, start: float, stop: float, fields: Sequence[str]) -> Iterat
     where = " AND ".join(filter(None, limits)) or "true"
     query = f"SELECT {', '.join(fields)} FROM particles WHERE {where}"  # noqa: S608  # our names
     with duckdb.connect(str(path), read_only=True) as database:
-        for record in database.sql(query).to_arrow_reader(_VECTOR_ROWS):
+        for record in database.sql(query).to_arrow_reader(CHUNK_ROWS):
             yield batch_of(record, fields)

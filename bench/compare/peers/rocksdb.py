@@ -54,6 +54,7 @@ def write(path: Path, batches: Iterable[Batch]) -> None:
                 together.put(key, batch[name].tobytes())
             number += 1
         database.write(together, synced)
+    database.flush()  # else each opening would replay the log
     database.close()
 
 

@@ -59,7 +59,7 @@ def _schema(name: str) -> object:
 
 
 def read(path: Path, start: float, stop: float, fields: Sequence[str]) -> Iterator[Batch]:
-    """Search the times, then read in pieces of 512 rows."""
+    """Search the times, then read a tile first, then ten at a time."""
     import tiledb  # noqa: PLC0415  # a peer
 
     with tiledb.open(str(path / "timestamps")) as array:
@@ -67,7 +67,7 @@ def read(path: Path, start: float, stop: float, fields: Sequence[str]) -> Iterat
         times = array[: span[0][1] + 1] if span else np.empty(0)
     arrays = {name: tiledb.open(str(path / name)) for name in fields if name != "timestamps"}
     try:
-        for rows in pieces(times, start, stop):
+        for rows in pieces(times, start, stop, COMMIT_ROWS):
             yield {n: times[rows] if n == "timestamps" else arrays[n][rows] for n in fields}
     finally:
         for array in arrays.values():
