@@ -184,7 +184,12 @@ class _Backup:
             for number in sealed:
                 self._hold(number)
             there = set(self._layout.numbers())
-            state = self._snapshot(active)
+            try:
+                state = self._snapshot(active)
+            except (FileNotFoundError, StoreError):
+                if self._layout.segment_path(active).exists():
+                    raise
+                continue  # sealed and dropped meanwhile
             missing = state.sealed.keys() - self._held.keys()
             if not missing & there:  # a drop is recorded before the file goes
                 for number in sorted(missing):
