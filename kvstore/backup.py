@@ -191,6 +191,8 @@ class _Backup:
                     raise
                 continue  # sealed and dropped meanwhile
             missing = state.sealed.keys() - self._held.keys()
+            if missing and self._layout.active() != active:
+                continue  # sealed meanwhile: what was dropped since, it does not know
             if not missing & there:  # a drop is recorded before the file goes
                 for number in sorted(missing):
                     self._miss(number)
