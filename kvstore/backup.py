@@ -184,8 +184,15 @@ class _Backup:
             for number in sealed:
                 self._hold(number)
             there = set(self._layout.numbers())
-            state = self._snapshot(active)
+            try:
+                state = self._snapshot(active)
+            except (FileNotFoundError, StoreError):
+                if self._layout.segment_path(active).exists():
+                    raise
+                continue  # sealed and dropped meanwhile
             missing = state.sealed.keys() - self._held.keys()
+            if missing and self._layout.active() != active:
+                continue  # sealed meanwhile: what was dropped since, it does not know
             if not missing & there:  # a drop is recorded before the file goes
                 for number in sorted(missing):
                     self._miss(number)

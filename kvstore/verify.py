@@ -178,11 +178,7 @@ class _Verify:
 
     def run(self) -> VerifyReport:
         self._check_identity()
-        numbers = self._layout.numbers()
-        if not numbers:
-            self._damages.append(Damage(0, "there is no segment, expected at least one"))
-        self._sizes = {number: self._size(number) for number in numbers}
-        self._newest = self._check(numbers[-1], is_active=True) if numbers else None
+        numbers = self._check_newest()
         sealed = self._newest.state.sealed if self._newest else {}
         for number in sorted({*numbers[:-1], *sealed}):
             self._check_sealed(number, sealed.get(number))
@@ -197,6 +193,25 @@ class _Verify:
             self._done_bytes,
             tuple(filter(None, [self._known.problem])),
         )
+
+    def _check_newest(self) -> list[int]:
+        """Check the segment with the highest number; the numbers that there are."""
+        for _ in range(_TRIES_MAX):
+            numbers, before = self._layout.numbers(), len(self._damages)
+            self._sizes = {number: self._size(number) for number in numbers}
+            if not numbers:
+                self._damages.append(Damage(0, "there is no segment, expected at least one"))
+                break
+            try:
+                self._newest = self._check(numbers[-1], is_active=True)
+            except StoreError:
+                if self._layout.segment_path(numbers[-1]).exists():
+                    raise
+            if self._newest or self._layout.segment_path(numbers[-1]).exists():
+                break
+            del self._damages[before:]  # sealed and dropped meanwhile: look again
+            self._segments -= 1
+        return numbers
 
     def _check_identity(self) -> None:
         try:

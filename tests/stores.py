@@ -80,10 +80,19 @@ def sub_ns(times: list) -> bool:
     return plain.dtype.kind == "f" and bool((np.diff(plain) > -1.1e-9).all())
 
 
-def start(code: str, *args: object, **options: object) -> subprocess.Popen:
+class Child(subprocess.Popen):
+    """One that a failing test does not wait for: many of them never end by themselves."""
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
+            self.kill()
+        super().__exit__(*error)
+
+
+def start(code: str, *args: object, **options: object) -> Child:
     """A Python child that runs the code, which finds its arguments in ``sys.argv[1:]``."""
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *map(str, args)]
-    return subprocess.Popen(
+    return Child(
         command,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

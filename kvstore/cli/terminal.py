@@ -51,9 +51,11 @@ def quiet_if_closed() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         # Else Python tries once more at exit, and complains.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not isinstance(error, BrokenPipeError):
+            raise
 
 
 @contextmanager
