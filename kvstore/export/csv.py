@@ -117,13 +117,19 @@ def printed(array: Array) -> Array:
 def _check_printable(array: Array) -> None:
     """Counts of a unit such as 10 ms: numpy prints what overflows as ms as another time."""
     unit, multiple = np.datetime_data(array.dtype)
-    if multiple > 1:
-        plain = array.astype(f"{array.dtype.kind}8[{unit}]")
-        if not np.array_equal(plain.astype(array.dtype), array, equal_nan=True):
-            raise SchemaError(
-                f"{array.dtype} holds times that {unit} cannot count, and so cannot be printed: "
-                "leave the field out (--fields) or use parquet"
-            )
+    if multiple > 1 and not _counts_as(array, np.dtype(f"{array.dtype.kind}8[{unit}]")):
+        raise SchemaError(
+            f"{array.dtype} holds times that {unit} cannot count, and so cannot be printed: "
+            "leave the field out (--fields) or use parquet"
+        )
+
+
+def _counts_as(array: Array, dtype: np.dtype[Any]) -> bool:
+    try:
+        plain = array.astype(dtype)
+    except OverflowError:  # before numpy 2.5 it wrapped
+        return False
+    return np.array_equal(plain.astype(array.dtype), array, equal_nan=True)
 
 
 # ---- in ----
@@ -311,7 +317,7 @@ def _parser(dtype: np.dtype[Any]) -> Callable[[str], Any]:
 def _timedelta(text: str, dtype: np.dtype[Any]) -> Any:
     """As numpy prints one, such as ``5 milliseconds``; a bare number counts the field's unit."""
     if text in ("", "NaT"):
-        return np.timedelta64("NaT")
+        return np.array("NaT", dtype)[()]
     count, _, word = text.partition(" ")
     if not word:
         return np.array(int(count)).astype(dtype)[()]
@@ -325,7 +331,7 @@ def _timedelta(text: str, dtype: np.dtype[Any]) -> Any:
 def _datetime(text: str, dtype: np.dtype[Any]) -> Any:
     """ISO 8601 in a field's unit; ValueError where that would round or overflow."""
     if text in ("", "NaT"):
-        return np.datetime64("NaT")
+        return np.array("NaT", dtype)[()]
     match = _ISO.fullmatch(text)
     bare = match[1] if match else text  # years and months, too
     given = np.datetime64(bare)
