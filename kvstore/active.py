@@ -52,6 +52,7 @@ class Active:
         self.layout = layout
         self._let_go = let_go
         self._segment_bytes = segment_bytes
+        self._disk_bytes = layout.disk_bytes()
         self._is_rolling = False
         self._steps: list[Queued] = []  # of the wall clock, for the next commit
         self._unlinking: dict[int, int] = {}  # number -> bytes
@@ -238,9 +239,7 @@ class Active:
     # ---- rolling ----
 
     def _limit_bytes(self) -> int:
-        return retention.segment_bytes(
-            self.state.settings, self._segment_bytes, self.layout.disk_bytes()
-        )
+        return retention.segment_bytes(self.state.settings, self._segment_bytes, self._disk_bytes)
 
     def _is_full(self) -> bool:
         if not self._has_rows():

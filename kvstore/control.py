@@ -78,7 +78,9 @@ def _ask(path: StorePath, what: str, arguments: Mapping[str, Any]) -> dict[str, 
             with suppress(StoreLocked), open_store(path, "w") as store:
                 if posted is None:
                     return store.writer().perform(what, arguments)
-                return _awaited(posted, deadline_s) or {}  # carried out on opening
+                answer = _awaited(posted, deadline_s)  # carried out on opening
+                if answer is not None:
+                    return answer
         if posted is None:
             posted = requests.post(layout, what, arguments)
         answer = _awaited(posted, min(time.monotonic() + _TRY_S, deadline_s))

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +30,7 @@ from typing import Any, Final, Literal
 import lmdb
 
 from kvstore.errors import DiskFull, StoreClosed, StoreError, StoreFormatError
+from kvstore.metapage import check_file
 
 Mode = Literal["write", "shared", "alone"]
 Txn = Any  # lmdb.Transaction[memoryview]; lmdb's own stubs differ between 2.x and 3.x
@@ -41,17 +41,10 @@ _LOCK_BYTES: Final = 64 * (READERS_MAX + 2)
 FILE_MODE: Final = 0o664  # group-writable: readers need the lock file
 _MAP_BYTES_ALONE: Final = 1 << 20  # LMDB raises it to the size of a file that does not grow
 _MAP_BYTES_OF_FILE: Final = 0  # the range that the file was created with: the same for all
-_META_BYTES: Final = 4096
-_META: Final = struct.Struct("<16xIIQQ")  # page header, magic, version, address, map size
-_META_TAIL: Final = struct.Struct("<QQ")  # last page, transaction id
-_META_TAIL_OFFSET: Final = 16 + 24 + 2 * 48
-_MAGIC: Final = 0xBEEFC0DE
-_FORMAT_0_9: Final = 1
 _ENGINES: Final = hasattr(lmdb.Environment, "lib_version")  # py-lmdb 3 bundles 1.0 as well
 _ENGINE_0_9: Final[dict[str, Any]] = {"lib_version": 0} if _ENGINES else {}
 
 _FORK_WAIT_S: Final = 5.0  # the longest transaction is one commit
-_PAGE_BYTES: Final = frozenset(1 << bits for bits in range(9, 17))  # what LMDB can have
 
 generation = 0
 """Changes in a forked child: a handle that remembers another value is the parent's."""
@@ -105,8 +98,8 @@ class Environment:
         self._open(mode)
 
     def _open(self, mode: Mode) -> None:
-        check_file(self.path)
         with translated(self.path):
+            check_file(self.path)
             if mode != "alone":
                 reserve_lock_file(self.path)
             found = self.path.stat()
@@ -359,42 +352,6 @@ def create_environment(path: Path, map_bytes: int, fill: Callable[[Txn, Any], No
                 fill(txn, tables[b"meta"])
         finally:
             env.close()
-
-
-def check_file(path: Path) -> None:
-    """Raise StoreFormatError unless the file is LMDB 0.9's and as long as it claims to be."""
-    with translated(path), path.open("rb") as file:
-        metas = [_read_meta(file.read(_META_BYTES))]
-        page_bytes = metas[0][2] if metas[0] else _META_BYTES
-        file.seek(page_bytes)
-        metas.append(_read_meta(file.read(_META_BYTES)))
-        size = os.fstat(file.fileno()).st_size
-    found = [meta for meta in metas if meta]
-    if not found:
-        raise StoreFormatError(
-            f"{path}: no LMDB 0.9 file ({size} bytes): damaged or foreign; "
-            "restore it from a backup, or move it away to use the rest of the store"
-        )
-    _, last_page, page_bytes = max(found)
-    if size < (last_page + 1) * page_bytes:
-        raise StoreFormatError(
-            f"{path}: truncated: {size} bytes, expected at least {(last_page + 1) * page_bytes}; "
-            "restore it from a backup, or move it away to use the rest of the store"
-        )
-
-
-def _read_meta(page: bytes) -> tuple[int, int, int] | None:
-    """(transaction id, last page, page size) of one of the file's two meta pages."""
-    if len(page) < _META_TAIL_OFFSET + _META_TAIL.size:
-        return None
-    magic, version, _, _ = _META.unpack_from(page)
-    if (magic, version) != (_MAGIC, _FORMAT_0_9):
-        return None
-    (page_bytes,) = struct.unpack_from("<I", page, 16 + 24)
-    if page_bytes not in _PAGE_BYTES:
-        return None
-    last_page, txn_id = _META_TAIL.unpack_from(page, _META_TAIL_OFFSET)
-    return txn_id, last_page, page_bytes
 
 
 def lock_path(path: Path) -> Path:

@@ -21,17 +21,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
+from kvstore import metapage
 from kvstore.environment import TABLES, translated
+from kvstore.metapage import DEFAULT_PAGE_BYTES, META_BYTES, PAGE_SIZES, TABLE_BYTES, Meta, Table
 
 _HEADER: Final = struct.Struct("<QHHHH")
 _OVERFLOW: Final = struct.Struct("<QHHI")
 _NODE: Final = struct.Struct("<HHHH")
-_TABLE: Final = struct.Struct("<IHHQQQQQ")
-_META: Final = struct.Struct("<IIQQ48s48sQQ")
 _PAGE_NUMBER: Final = struct.Struct("<Q")
 _HEADER_BYTES: Final = 16
-_MAGIC: Final = 0xBEEFC0DE
-_BRANCH, _LEAF, _LARGE, _META_FLAG = 1, 2, 4, 8
+_BRANCH, _LEAF, _LARGE = 1, 2, 4
 _IN_OVERFLOW, _IS_TABLE = 1, 2
 _FREE_FLAGS: Final = 0x4008  # integer keys; and, kept in the same place, one file without folder
 _FREE: Final = "list of free pages"
@@ -39,37 +38,11 @@ _TABLES: Final = "list of tables"
 _COUNTED: Final = ("branch pages", "leaf pages", "overflow pages", "entries")
 _NO_PAGE: Final = 2**64 - 1
 _DEPTH_MAX: Final = 32  # LMDB's own limit of a cursor
-_PAGE_SIZES: Final = frozenset(1 << bits for bits in range(9, 17))
-_DEFAULT_PAGE_BYTES: Final = 4096
 _VALUE_BYTES_MAX: Final = 1 << 31  # of a block of text; of others an eighth
 _OFFSET_BITS: Final = 16
 _TRIES_MAX: Final = 5  # of reading a meta page that is just being written
 
 Report = Callable[[str], None]
-
-
-class Table(NamedTuple):
-    """LMDB's record of one tree."""
-
-    page_bytes: int
-    flags: int
-    depth: int
-    branches: int
-    leaves: int
-    overflow: int
-    entries: int
-    root: int
-
-
-class Meta(NamedTuple):
-    """One of a file's two meta pages."""
-
-    address: int
-    map_bytes: int
-    txn_id: int
-    last_page: int
-    free: Table
-    main: Table
 
 
 class Node(NamedTuple):
@@ -299,25 +272,16 @@ class PageFile:
     # ---- meta pages ----
 
     def _find_page_bytes(self) -> int:
-        for page_bytes in (_DEFAULT_PAGE_BYTES, *sorted(_PAGE_SIZES)):
+        for page_bytes in (DEFAULT_PAGE_BYTES, *sorted(PAGE_SIZES)):
             for start in (0, page_bytes):
                 meta = self._read_meta(start)
                 if meta and meta.free.page_bytes == page_bytes:
                     return page_bytes
-        return _DEFAULT_PAGE_BYTES
+        return DEFAULT_PAGE_BYTES
 
     def _read_meta(self, start: int) -> Meta | None:
-        page = self._read(start, _HEADER_BYTES + _META.size)
-        there, _, flags, _, _ = _HEADER.unpack_from(page)
-        magic, version, address, map_bytes, free, main, last_page, txn_id = _META.unpack_from(
-            page, _HEADER_BYTES
-        )
-        if (magic, version) != (_MAGIC, 1) or flags != _META_FLAG or there != bool(start):
-            return None
-        tables = [Table(*_TABLE.unpack(each)) for each in (free, main)]
-        if tables[0].page_bytes not in _PAGE_SIZES or start not in (0, tables[0].page_bytes):
-            return None
-        return Meta(address, map_bytes, txn_id, last_page, *tables)
+        meta = metapage.parse(self._read(start, META_BYTES), int(bool(start)))
+        return meta if meta and start in (0, meta.page_bytes) else None
 
     def _meta_of(self, txn_id: int) -> Meta | None:
         """Of a file that is written to; None where two later commits have come already."""
@@ -349,9 +313,9 @@ class PageFile:
     def _find_tables(self) -> dict[bytes, Table]:
         assert self.meta is not None
         found = {
-            key: Table(*_TABLE.unpack(value))
+            key: Table.unpack(value)
             for key, value in self._values(_TABLES, self.meta.main)
-            if len(value) == _TABLE.size
+            if len(value) == TABLE_BYTES
         }
         for name in TABLES:
             if name not in found:

@@ -42,7 +42,7 @@ class Request(NamedTuple):
 
 
 def post(layout: Layout, what: str, arguments: Mapping[str, Any]) -> Path:
-    """Leave a request for the writer, durably; the path is for ``claim`` and ``withdraw``."""
+    """Leave a request for the writer, durably; the path is for ``claim``."""
     with translated(layout.requests):
         if not layout.requests.exists():
             layout.requests.mkdir(exist_ok=True)
@@ -87,12 +87,6 @@ def answer(request: Request, result: Any, *, is_error: bool) -> None:
     with translated(request.path):
         write_durably(request.path.with_suffix(_REPLY), codec.packed([is_error, result]))
         request.path.unlink(missing_ok=True)
-
-
-def withdraw(path: Path) -> None:
-    """Take a request back, where it is not being carried out yet."""
-    with suppress(OSError):
-        path.unlink()
 
 
 def _turn(name: str) -> tuple[bool, str]:

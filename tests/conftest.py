@@ -1,10 +1,12 @@
-"""Fixtures of the store's tests: a path whose store is checked in full when the test is done."""
+"""Fixtures that tests share: a path whose store is checked at the end, and recorded power cuts."""
 
 from __future__ import annotations
 
 import gc
+import shutil
 
 import pytest
+from powercut import checker, recorder
 from stores import check_store, scratch
 
 from kvstore import environment
@@ -30,3 +32,27 @@ def path(broken_path):
     yield broken_path
     if (broken_path / "store.msgpack").exists():
         check_store(broken_path)
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory):
+    """The library that records what a process writes and syncs."""
+    library = recorder.compile_shim(tmp_path_factory.mktemp("shim"))
+    if library is None:
+        pytest.skip("there is no C compiler to build the recording shim with")
+    return library
+
+
+@pytest.fixture
+def record(shim, request):
+    """Record the test's own module run as a program, whole or with one guard broken."""
+    place = checker.fast_folder()
+    (place / "root").mkdir()
+
+    def run(broken, *, lying=False):
+        command = [request.module.__file__, place / "root", broken]
+        log_path = place / "log"
+        return recorder.record(command, place / "root", shim=shim, log_path=log_path, lying=lying)
+
+    yield run
+    shutil.rmtree(place)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -204,29 +203,6 @@ GUARDS = {
 
 
 # ---- the claims --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory):
-    library = recorder.compile_shim(tmp_path_factory.mktemp("shim"))
-    if library is None:
-        pytest.skip("there is no C compiler to build the recording shim with")
-    return library
-
-
-@pytest.fixture
-def record(shim):
-    """Record the writer, whole or with one guard broken, in a folder in memory."""
-    place = checker.fast_folder()
-    (place / "root").mkdir()
-
-    def run(broken: str, *, lying: bool = False) -> Path:
-        command = [__file__, place / "root", broken]
-        log_path = place / "log"
-        return recorder.record(command, place / "root", shim=shim, log_path=log_path, lying=lying)
-
-    yield run
-    shutil.rmtree(place)
 
 
 def test_every_promise_survives_a_power_cut(record):

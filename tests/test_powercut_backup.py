@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -54,23 +53,6 @@ def check_backup(folder: Path, state: disk.State) -> str:
     if damages := verify(path).damages:
         raise AssertionError(f"damage: {damages}")
     return "promised" if len(found) == promised else "more"
-
-
-@pytest.fixture
-def record(tmp_path_factory):
-    shim = recorder.compile_shim(tmp_path_factory.mktemp("shim"))
-    if shim is None:
-        pytest.skip("there is no C compiler to build the recording shim with")
-    place = checker.fast_folder()
-
-    def run(broken: str) -> Path:
-        root = place / "root"
-        root.mkdir()
-        command = [__file__, root, broken]
-        return recorder.record(command, root, shim=shim, log_path=place / "log")
-
-    yield run
-    shutil.rmtree(place)
 
 
 def test_a_backup_survives_a_power_cut(record):

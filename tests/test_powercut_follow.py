@@ -9,7 +9,6 @@ twice.
 
 from __future__ import annotations
 
-import shutil
 import sys
 import threading
 from pathlib import Path
@@ -105,22 +104,6 @@ def numbers_in(path: Path) -> list[int]:
             return []
         follower = store["s"].follow(stop=lambda: bool(idle), sleep=idle.append)
         return [int(each.batch["n"][0]) for each in follower]
-
-
-@pytest.fixture
-def record(tmp_path_factory):
-    shim = recorder.compile_shim(tmp_path_factory.mktemp("shim"))
-    if shim is None:
-        pytest.skip("there is no C compiler to build the recording shim with")
-    place = checker.fast_folder()
-    (place / "root").mkdir()
-
-    def run(broken: str) -> Path:
-        command = [__file__, place / "root", broken]
-        return recorder.record(command, place / "root", shim=shim, log_path=place / "log")
-
-    yield run
-    shutil.rmtree(place)
 
 
 def test_what_was_delivered_survives_a_power_cut(record):

@@ -85,14 +85,6 @@ def check_rows(folder: Path, state: disk.State) -> str:
 # ---- recording ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory):
-    library = recorder.compile_shim(tmp_path_factory.mktemp("shim"))
-    if library is None:
-        pytest.skip("there is no C compiler to build the recording shim with")
-    return library
-
-
 @pytest.fixture
 def place():
     folder = checker.fast_folder()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -56,22 +55,6 @@ def check_recovered(folder: Path, state: disk.State) -> str:
     if damages := verify(folder / "new.kv").damages:
         raise AssertionError(f"damage: {damages}")
     return "all of it"
-
-
-@pytest.fixture
-def record(tmp_path_factory):
-    shim = recorder.compile_shim(tmp_path_factory.mktemp("shim"))
-    if shim is None:
-        pytest.skip("there is no C compiler to build the recording shim with")
-    place = checker.fast_folder()
-
-    def run(broken: str) -> Path:
-        root = place / "root"
-        root.mkdir()
-        return recorder.record([__file__, root, broken], root, shim=shim, log_path=place / "log")
-
-    yield run
-    shutil.rmtree(place)
 
 
 def test_a_recovery_survives_a_power_cut(record):

@@ -7,7 +7,6 @@ rows stay; and what is left of a drop is finished by the next writer.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from powercut import checker, disk, recorder
-from test_powercut import shim, warm_up  # noqa: F401  # a fixture
+from test_powercut import warm_up
 
 import kvstore
 from kvstore.active import Active
@@ -99,19 +98,6 @@ def check_rows(store: kvstore.Store) -> tuple[int, int]:
     if gone != 20 * len(missing):
         raise AssertionError(f"{len(missing)} batches are missing, dropped are {gone} rows")
     return count, len(missing)
-
-
-@pytest.fixture
-def record(shim):  # noqa: F811
-    place = checker.fast_folder()
-    (place / "root").mkdir()
-
-    def run(broken: str) -> Path:
-        command = [__file__, place / "root", broken]
-        return recorder.record(command, place / "root", shim=shim, log_path=place / "log")
-
-    yield run
-    shutil.rmtree(place)
 
 
 def unlink_first() -> None:

@@ -10,11 +10,10 @@ import signal
 import stat
 import sys
 import termios
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final, Literal, cast
 
@@ -23,6 +22,7 @@ from kvstore import store as stores
 from kvstore.cli.capture import write_parts
 from kvstore.cli.terminal import complain, say
 from kvstore.errors import KvstoreError, PacketError
+from kvstore.every import every
 from kvstore.follow import POLL_S, Cursor, CursorFile
 from kvstore.packets import encode
 from kvstore.schema import Batch, Field
@@ -184,25 +184,12 @@ def send_packets(batches: Iterator[Batch], _: list[Field], file: BinaryIO) -> No
             file.sent += sum(map(len, parts))
 
 
-@contextmanager
-def letting_go(store: stores.Store) -> Iterator[None]:
+def letting_go(store: stores.Store) -> AbstractContextManager[None]:
     """Close dropped segments within a second, however long the reader of stdout keeps us.
 
     Their space is free only once nobody has them open.
     """
-    done = threading.Event()
-
-    def look() -> None:
-        while not done.wait(_LOOK_S):
-            store.let_go()
-
-    thread = threading.Thread(target=look, name="kvstore-let-go", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    return every(_LOOK_S, store.let_go)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
@@ -12,7 +11,7 @@ import typer
 
 from kvstore import control
 from kvstore import store as stores
-from kvstore.cli.options import duration_s, size_bytes, time_text
+from kvstore.cli.options import Json, Start, Stop, StorePath, duration_s, size_bytes, time_text
 from kvstore.cli.terminal import complain, quiet_if_closed, say, size_text
 from kvstore.gaps import Gap
 from kvstore.settings import Settings
@@ -21,8 +20,6 @@ from kvstore.timestamps import format_time
 _NONE: Final = "none"
 _KEPT_SHOWN: Final = 10
 _NS: Final = np.dtype(np.int64)
-_Store = Annotated[Path, typer.Argument(metavar="PATH", help="The store.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -95,7 +92,7 @@ def changes(**given: Any) -> dict[str, Any]:
 
 
 def set_(
-    path: _Store,
+    path: StorePath,
     *,
     max_bytes: MaxBytes = None,
     max_age: MaxAge = None,
@@ -103,7 +100,7 @@ def set_(
     when_full: WhenFull = None,
     gap_after: GapAfter = None,
     clock_step: ClockStep = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Change or show the limits that a store keeps.
 
@@ -139,7 +136,7 @@ def _show(settings: Settings, *, as_json: bool) -> None:
 
 
 def drop(
-    path: _Store,
+    path: StorePath,
     *,
     before: Annotated[
         str,
@@ -149,7 +146,7 @@ def drop(
             metavar="TIME",
         ),
     ],
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Drop old data.
 
@@ -169,17 +166,10 @@ def drop(
 
 
 def pin(
-    path: _Store,
+    path: StorePath,
     *,
-    start: Annotated[
-        str | None,
-        typer.Option(
-            help="First time, ISO 8601 or epoch seconds.", parser=time_text, metavar="TIME"
-        ),
-    ] = None,
-    stop: Annotated[
-        str | None, typer.Option(help="Last time, included.", parser=time_text, metavar="TIME")
-    ] = None,
+    start: Start = None,
+    stop: Stop = None,
     label: Annotated[str, typer.Option(metavar="TEXT", help="Why, such as door opened.")] = "",
 ) -> None:
     """Keep a time range from being dropped.
@@ -193,14 +183,14 @@ def pin(
 
 
 def unpin(
-    path: _Store,
+    path: StorePath,
     pin_id: Annotated[int, typer.Argument(metavar="PIN", help="Its number: see kvstore info.")],
 ) -> None:
     """Let a pinned time range be dropped again."""
     control.unpin(path, pin_id)
 
 
-def gaps(path: _Store, *, as_json: _Json = False) -> None:
+def gaps(path: StorePath, *, as_json: Json = False) -> None:
     """List what is known to be missing or doubtful.
 
     Dropped, damaged or rejected rows, silence, clock steps, unclean stops. Lines of start, stop,
