@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import pytest
 from exports import LIBRARY
-from stores import check_store, run
+from stores import check_store, quick_first, run
 
 import kvstore
 from kvstore import DiskFull, commit
@@ -46,7 +46,7 @@ def mounted(kind, folder):
     return ""
 
 
-@pytest.fixture(scope="module", params=["tmpfs", "ext4"])
+@pytest.fixture(scope="module", params=quick_first(["tmpfs", "ext4"]))
 def volume(request, tmp_path_factory):
     """A folder with VOLUME_BYTES of room, its own file system."""
     if os.geteuid() != 0:

@@ -151,7 +151,7 @@ def test_whatever_a_store_holds_they_report_or_refuse(path, mutate):
 @pytest.mark.slow
 @pytest.mark.parametrize("mutate", [with_hostile_records, with_mutated_pages])
 def test_whatever_a_store_holds_in_many_rounds(path, mutate):
-    attack(path, mutate, 1500, seed=random.randrange(10**9))
+    attack(path, mutate, 600, seed=random.randrange(10**9))
 
 
 # ---- what random mutation hardly meets ----

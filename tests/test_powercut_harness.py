@@ -315,12 +315,14 @@ def test_synced_lmdb_keeps_its_promises(shim, place):
     assert report.met["more rows"] > 0
 
 
+@pytest.mark.slow
 def test_sync_false_is_caught(shim, place):
     log = recorded(shim, place, __file__, "nosync")
     report = checker.check_log(log, check_rows, count=60, seed=1)
     assert len(report.failures) > 20, report
 
 
+@pytest.mark.slow
 def test_a_disk_that_lies_about_syncs_is_caught(shim, place):
     log = recorded(shim, place, __file__, "sync", lying=True)
     report = checker.check_log(log, check_rows, count=60, seed=1)

@@ -256,7 +256,7 @@ def test_flips_anywhere_lose_little_and_nothing_silently(path):
 
 @pytest.mark.slow
 def test_many_flips_anywhere(path):
-    flips(path, 2000)
+    flips(path, 1000)
 
 
 def test_nothing_is_overwritten_and_a_writer_is_waited_for(path, tmp_path):
