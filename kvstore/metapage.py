@@ -26,7 +26,7 @@ _IS_META: Final = 8
 
 
 class Table(NamedTuple):
-    """LMDB's record of one tree."""
+    """LMDB's record of one tree. page_bytes: the file's in the list of free pages, else 0."""
 
     page_bytes: int
     flags: int

@@ -98,9 +98,11 @@ class PageFile:
             )
 
     def check_free(self) -> None:
-        """After all tables were read: no page may be both in use and free to be written over."""
+        """After all tables were read: no page in use may be listed as free, or be unknown."""
         if self.meta is None:
             return
+        if (last := self._seen.rfind(1)) > self.meta.last_page:
+            self._report(f"page {last} is in use, behind the last one, {self.meta.last_page}")
         for _, value in self._values(_FREE, self.meta.free):
             numbers = struct.unpack(f"<{len(value) // 8}Q", value[: len(value) // 8 * 8])
             if not numbers or numbers[0] != len(numbers) - 1:
@@ -117,6 +119,8 @@ class PageFile:
         by_bytes, expected_flags = name != _FREE, _IS_TABLE if name == _TABLES else 0
         if table.flags != (_FREE_FLAGS if name == _FREE else 0):
             report(f"table {name}: has the flags {table.flags}")
+        if table.page_bytes != (self.page_bytes if name == _FREE else 0):
+            report(f"table {name}: has pages of {table.page_bytes} bytes")
         if table.root != _NO_PAGE:
             for node in self._walk(table.root, 1, table.depth, counts):
                 if by_bytes and node.key <= last:

@@ -6,10 +6,15 @@ import gc
 import shutil
 
 import pytest
+from hypothesis import settings
 from powercut import checker, recorder
-from stores import check_store, scratch
+from stores import SEED, check_store, scratch
 
 from kvstore import environment
+
+settings.register_profile("alike", derandomize=True)
+if not SEED:
+    settings.load_profile("alike")
 
 
 @pytest.fixture

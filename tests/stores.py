@@ -27,6 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Thousands of commits: in memory they cost nothing, next to a busy disk minutes. What syncing
 # is for, a power cut, has its own tests.
+# Examples are drawn alike in every run, so that a change is judged by what it changes. Others:
+# KVSTORE_SEED=$RANDOM pytest -m "slow or not slow"
+SEED = int(os.environ.get("KVSTORE_SEED", "0"))
 MEMORY = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import textwrap
 
 import lmdb
 import numpy as np
 import pytest
-from stores import MEMORY, run, start
+from stores import MEMORY, SEED, run, start
 
 import kvstore
 from kvstore import DamageError, StoreError, StoreFormatError, codec
@@ -419,7 +418,7 @@ FLIPPER = (
 def flips_anywhere(path, count):
     """Outcomes by seed; a seed without one killed its child."""
     outcomes: dict[int, str] = {}
-    first = random.randrange(10**9)
+    first = SEED
     scratch = MEMORY / f"kvstore-flips-{os.getpid()}"
     seed = first
     try:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import ROOT, start
+from stores import ROOT, SEED, start
 
 import kvstore
 from kvstore import DiskFull, Settings, StoreError, layout, requests, retention
@@ -600,7 +600,7 @@ OPERATE = """
 
 def kill_operators(path, kills):
     """Kill a writer that pins, unpins and drops; what it said to be durable must be there."""
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(SEED)
     durable = 0
     for _ in range(kills):
         with start(OPERATE, path, durable) as child:
