@@ -24,7 +24,7 @@ from kvstore.errors import DiskFull, StoreError
 from kvstore.gaps import Gap
 from kvstore.layout import Layout, ticks_ns
 from kvstore.segment import MAP_SPARE_BYTES, EncodedBatch, Segment
-from kvstore.state import Sealed, Session, State, Totals
+from kvstore.state import FORMAT, Sealed, Session, State, Totals
 from kvstore.timestamps import format_time
 
 _NS: Final = np.dtype(np.int64)
@@ -242,6 +242,8 @@ class Active:
         return retention.segment_bytes(self.state.settings, self._segment_bytes, self._disk_bytes)
 
     def _is_full(self) -> bool:
+        if self.state.version < FORMAT:
+            return True  # what reads the old version must not find the new one's blocks in it
         if not self._has_rows():
             return False  # however much it carries: a roll would not make it smaller
         environment = self._segment.environment
@@ -272,6 +274,7 @@ class Active:
             created_ns=time.time_ns(),
             totals={key: Totals(next_sequence=t.next_sequence) for key, t in old.totals.items()},
             sealed={**old.sealed, old.number: sealed},
+            version=FORMAT,
         )
         try:
             final = self.layout.roll(state, self._limit_bytes())

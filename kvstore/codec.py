@@ -1,9 +1,13 @@
 """A field's array <-> a block of bytes. Pure; safe to call from many threads at once.
 
-Numbers go through Blosc-LZ4 with byte shuffle at level 5, or are stored as they are where a
-probe finds them incompressible; text is msgpack through LZ4. Every block carries the xxh3-64
-of its stored bytes. Decoding checks it first, so that no decompressor sees damaged input,
-and always yields new memory.
+Numbers go through Blosc-LZ4 at level 5 in frames of half a megabyte, or are stored as they are
+where a probe finds them incompressible; text is msgpack through LZ4. A frame's integers are
+first narrowed to the bytes that its values need: a detector's counts fill two of an int32's
+four. What is narrowed stays in the second-level cache, and a range that cuts a batch
+decompresses only the frames it needs.
+
+Every block carries the xxh3-64 of its stored bytes. Decoding checks it first, so that no
+decompressor sees damaged input, and always yields new memory.
 
 Only this module imports numcodecs, lz4 and xxhash. It turns off numcodecs' own thread pool
 for the whole process (``numcodecs.blosc.use_threads = False``): the pool serves one caller at
@@ -13,6 +17,7 @@ a time, and measured slower than one plain call on each of our threads (NOTES.md
 from __future__ import annotations
 
 import functools
+import struct
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
@@ -29,14 +34,21 @@ Bytes = bytes | memoryview
 RAW: Final = 0
 BLOSC: Final = 1
 TEXT: Final = 2
+FRAMES: Final = 3
 
 LEVEL: Final = 5
-_SHUFFLE: Final = 1  # by bytes
+FRAME_BYTES: Final = 1 << 19  # of rows before narrowing, at least one row
+_BYTES: Final = 1  # shuffled by bytes
+_BITS: Final = 2  # or by bits, which takes more time and, where values fill few bits, less space
+_BITS_WIDTH_MAX: Final = 2  # of four bytes, bits decompress at half the speed of bytes
+_BITS_RATIO: Final = 1.05  # what they have to save
 PROBE_MIN_BYTES: Final = 1 << 16  # below this, compressing costs less than probing saves
 PROBE_BYTES: Final = 1 << 14  # of each probed piece: enough for LZ4's window to find repeats
 PROBE_PIECES: Final = 3  # start, middle, end: a batch may be half empty
 RAW_RATIO: Final = 1.03  # a saving below 3 % is not worth decompressing for
 SMALL_BYTES: Final = 64  # Blosc's own header and bookkeeping take 16 of them
+_NARROWED: Final = "iumM"  # kinds of numpy: integers, durations, times
+_BLOSC_HEADER: Final = struct.Struct("<3xB3I")  # of a Blosc buffer: width, raw, block, stored bytes
 
 
 @functools.cache
@@ -61,14 +73,16 @@ def encode(array: Array, field: Field, *, copy: bool = True) -> Block:
     """Compress a field's rows. With copy=False the block may refer to the array's memory."""
     if field.is_text:
         return _encode_text(array)
-    flat = _as_words(array)
-    if flat.nbytes > SMALL_BYTES and not _is_incompressible(flat):
+    words = _words(np.ascontiguousarray(array), field)
+    narrow = field.np_dtype.kind in _NARROWED
+    shuffle = _shuffle(words, narrow=narrow) if words.nbytes > SMALL_BYTES else None
+    if shuffle is not None:
         with suppress(MemoryError):  # stored as they are, the rows need no more memory
-            data: Bytes = _compress(flat)
-            if len(data) < flat.nbytes:
-                return Block(BLOSC, flat.nbytes, checksum(data), data)
-    data = flat.tobytes() if copy else flat.view(np.uint8).data
-    return Block(RAW, flat.nbytes, checksum(data), data)
+            data: Bytes = _frames(words, shuffle, narrow=narrow)
+            if len(data) < words.nbytes:
+                return Block(FRAMES, words.nbytes, checksum(data), data)
+    data = words.tobytes() if copy else words.reshape(-1).view(np.uint8).data
+    return Block(RAW, words.nbytes, checksum(data), data)
 
 
 def decode(
@@ -79,24 +93,31 @@ def decode(
     field: Field,
     *,
     rows: int,
+    part: slice = slice(None),
     verify: bool = True,
 ) -> Array:
-    """Bring back ``rows`` rows in new memory; DamageError where the bytes are not the ones stored.
+    """Bring back ``rows`` rows, or part of them, in new memory.
 
-    expected: the checksum that the index holds. verify=False skips it.
+    expected: the checksum that the index holds; DamageError where the bytes are not the ones
+    stored. verify=False skips it.
     """
-    shape = (rows, *field.shape)
+    _check(data, expected, verify=verify)
     if codec == TEXT:
-        _check(data, expected, verify=verify)
-        return _decode_text(data, raw_bytes, shape)
-    out = np.empty(shape, field.np_dtype)
-    if out.nbytes != raw_bytes or codec not in (RAW, BLOSC):
-        raise DamageError(f"index entry says codec {codec}, {raw_bytes} bytes for shape {shape}")
-    if codec == RAW:
-        _copy_checked(data, out, expected, verify=verify)
+        return _decode_text(data, raw_bytes, (rows, *field.shape))[part]
+    row_bytes = field.row_bytes
+    if rows * row_bytes != raw_bytes or codec not in (RAW, BLOSC, FRAMES):
+        raise DamageError(
+            f"index entry says codec {codec}, {raw_bytes} bytes for {rows} rows of {row_bytes}"
+        )
+    start, stop, _ = part.indices(rows)
+    out = np.empty((max(stop - start, 0), *field.shape), field.np_dtype)
+    if codec != RAW:
+        _decode_frames(data, _words(out, field), start, rows)
+    elif len(data) != raw_bytes:
+        raise DamageError(f"block has {len(data)} bytes, expected {raw_bytes}")
     else:
-        _check(data, expected, verify=verify)
-        _decompress(data, out)
+        wanted = data[start * row_bytes : start * row_bytes + out.nbytes]
+        np.copyto(out.reshape(-1).view(np.uint8), np.frombuffer(wanted, np.uint8))
     return out
 
 
@@ -110,24 +131,58 @@ def running_checksum() -> Any:
     return xxhash.xxh3_64()
 
 
-def _as_words(array: Array) -> Array:
-    """The array's memory as flat unsigned words: Blosc takes its shuffle width from them."""
-    flat = np.ascontiguousarray(array).reshape(-1)
-    return flat.view(f"u{min(flat.dtype.itemsize, 8)}")
+def _words(rows: Array, field: Field) -> Array:
+    """The memory of rows as integers, (rows, words of a row): Blosc takes its width from them."""
+    kind = "i" if field.np_dtype.kind in "imM" else "u"
+    width = min(field.np_dtype.itemsize, 8)
+    return rows.reshape(-1).view(f"{kind}{width}").reshape(len(rows), field.row_bytes // width)
 
 
-def _compress(flat: Array) -> bytes:
-    packed: bytes = _blosc().compress(flat, b"lz4", LEVEL, _SHUFFLE, 0)
+def _compress(words: Array, shuffle: int) -> bytes:
+    packed: bytes = _blosc().compress(words.reshape(-1), b"lz4", LEVEL, shuffle, 0)
     return packed
 
 
-def _is_incompressible(flat: Array) -> bool:
-    if flat.nbytes < PROBE_MIN_BYTES:
-        return False
+def _frames(words: Array, shuffle: int, *, narrow: bool) -> bytes:
+    step = max(1, FRAME_BYTES // (words.shape[1] * words.itemsize))
+    frames = [words[row : row + step] for row in range(0, len(words), step)]
+    return b"".join(_framed(frame, shuffle, narrow=narrow) for frame in frames)
+
+
+def _framed(words: Array, shuffle: int, *, narrow: bool) -> bytes:
+    if narrow:
+        words = _narrowed(words)
+    return _compress(words, shuffle if words.itemsize <= _BITS_WIDTH_MAX else _BYTES)
+
+
+def _narrowed(words: Array) -> Array:
+    """The same values in the fewest bytes, 1, 2, 4 or 8, that hold all of them."""
+    low, high = words.min(), words.max()
+    for width in (1, 2, 4):
+        if width >= words.itemsize:
+            break
+        info = np.iinfo(f"{words.dtype.kind}{width}")
+        if info.min <= low and high <= info.max:
+            return words.astype(info.dtype)
+    return words
+
+
+def _shuffle(words: Array, *, narrow: bool) -> int | None:
+    """How to shuffle these before compression; None where that gains nothing."""
+    if words.nbytes < PROBE_MIN_BYTES:
+        return _BYTES
+    flat = words.reshape(-1)
     width = PROBE_BYTES // flat.itemsize
     starts = np.linspace(0, flat.size - width, PROBE_PIECES, dtype=int)
     sample = np.concatenate([flat[start : start + width] for start in starts])
-    return len(_compress(sample)) * RAW_RATIO > sample.nbytes
+    raw_bytes = sample.nbytes
+    sample = _narrowed(sample) if narrow else sample
+    by_bytes = len(_compress(sample, _BYTES))
+    if by_bytes * RAW_RATIO > raw_bytes:
+        return None
+    if not narrow or sample.itemsize > _BITS_WIDTH_MAX:
+        return _BYTES
+    return _BITS if len(_compress(sample, _BITS)) * _BITS_RATIO < by_bytes else _BYTES
 
 
 def _check(data: memoryview, expected: int, *, verify: bool) -> None:
@@ -135,19 +190,46 @@ def _check(data: memoryview, expected: int, *, verify: bool) -> None:
         raise DamageError(f"checksum is {checksum(data):016x}, stored was {expected:016x}")
 
 
-def _copy_checked(data: memoryview, out: Array, expected: int, *, verify: bool) -> None:
-    if len(data) != out.nbytes:
-        raise DamageError(f"block has {len(data)} bytes, expected {out.nbytes}")
-    _check(data, expected, verify=verify)
-    np.copyto(out.reshape(-1).view(np.uint8), np.frombuffer(data, np.uint8))
+def _decode_frames(data: memoryview, out: Array, first: int, total: int) -> None:
+    """Fill ``out`` with the rows from ``first`` on, of the ``total`` that the frames hold."""
+    offset = begin = 0
+    while begin < total and out.shape[1]:
+        width, rows, size = _header(data[offset:], out)
+        end = begin + rows
+        if end > total:
+            break
+        low, high = max(begin, first), min(end, first + len(out))
+        if low < high:
+            target, frame = out[low - first : high - first], data[offset : offset + size]
+            if width < out.itemsize or high - low < rows:
+                whole = np.empty((rows, out.shape[1]), f"{out.dtype.kind}{width}")
+                _decompress(frame, whole)
+                np.copyto(target, whole[low - begin : high - begin])
+            else:
+                _decompress(frame, target)
+        offset, begin = offset + size, end
+    if begin != total or offset != len(data):
+        raise DamageError(f"{len(data)} bytes are no frames of {total} rows")
+
+
+def _header(data: memoryview, out: Array) -> tuple[int, int, int]:
+    """Element width, rows and size of the frame that data begins with."""
+    if len(data) >= _BLOSC_HEADER.size:
+        width, raw_bytes, _, size = _BLOSC_HEADER.unpack_from(data)
+        row_bytes = width * out.shape[1]
+        fits = (
+            width in (1, 2, 4, 8)
+            and width <= out.itemsize
+            and _BLOSC_HEADER.size <= size <= len(data)
+        )
+        if fits and raw_bytes and raw_bytes % row_bytes == 0:
+            return width, raw_bytes // row_bytes, size
+    raise DamageError(f"{len(data)} bytes begin with no Blosc frame")
 
 
 def _decompress(data: memoryview, out: Array) -> None:
-    header = np.frombuffer(data[4:16], "<u4") if len(data) >= 16 else None  # noqa: PLR2004
-    if header is None or header[0] != out.nbytes or header[2] != len(data):
-        raise DamageError(f"{len(data)} bytes are no Blosc block of {out.nbytes} bytes")
     try:
-        _blosc().decompress(data, _as_words(out))
+        _blosc().decompress(data, out.reshape(-1))
     except (RuntimeError, ValueError) as error:
         raise DamageError(f"Blosc cannot decompress the block: {error}") from error
 

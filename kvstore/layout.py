@@ -26,7 +26,7 @@ from kvstore import codec
 from kvstore.environment import lock_path, reserve_lock_file, translated
 from kvstore.errors import DamageError, StoreFormatError, StoreLocked, StoreNotFound
 from kvstore.segment import Segment, create_segment
-from kvstore.state import FORMAT, State
+from kvstore.state import FORMAT, FORMATS, State
 
 _IDENTITY: Final = "store.msgpack"
 _LOCK: Final = "writer.lock"
@@ -99,9 +99,9 @@ class Layout:
             version, *rest = codec.unpacked(data, _IDENTITY)
         except (DamageError, ValueError, TypeError) as error:
             raise StoreFormatError(f"{self.path}: {_IDENTITY} is damaged: {error}") from error
-        if version != FORMAT:
+        if version not in FORMATS:
             raise StoreFormatError(
-                f"{self.path}: format version {version}, this kvstore reads {FORMAT}: "
+                f"{self.path}: format version {version}, this kvstore reads up to {FORMAT}: "
                 "use the kvstore release that wrote it, or a newer one"
             )
         store_id, created_ns = rest

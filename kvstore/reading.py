@@ -244,19 +244,25 @@ def _fetch(
         inside = scan.range.rows(scan.times(segment, entry, verify=verify))
         if inside.start == inside.stop:
             return None
-    columns = filled(scan.info.schema, segment, entry, numbers, verify=verify)
-    return columns if inside == slice(None) else [column[inside] for column in columns]
+    return filled(scan.info.schema, segment, entry, numbers, part=inside, verify=verify)
 
 
 def filled(
-    schema: Schema, segment: Segment, entry: Entry, numbers: Sequence[int], *, verify: bool = True
+    schema: Schema,
+    segment: Segment,
+    entry: Entry,
+    numbers: Sequence[int],
+    *,
+    part: slice = slice(None),
+    verify: bool = True,
 ) -> list[Array]:
-    """The columns of a batch, all rows; fields that it does not have yet are filled."""
+    """The columns of a batch, or part of its rows; fields that it does not have are filled."""
     there = [number for number in numbers if number < len(entry.blocks)]
     wanted = [(number, schema.fields[number]) for number in there]
-    found = dict(zip(there, segment.fetch(entry, wanted, verify=verify), strict=True))
+    found = dict(zip(there, segment.fetch(entry, wanted, part=part, verify=verify), strict=True))
+    rows = len(range(entry.rows)[part])
     return [
-        found[number] if number in found else schema.fields[number].filled(entry.rows)
+        found[number] if number in found else schema.fields[number].filled(rows)
         for number in numbers
     ]
 

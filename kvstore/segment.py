@@ -25,7 +25,16 @@ from kvstore.environment import Environment, Txn, create_environment, open_envir
 from kvstore.errors import DamageError, StoreError, StoreFormatError
 from kvstore.gaps import Gap
 from kvstore.schema import Array, Field
-from kvstore.state import FORMAT, GONE, Dropped, State, Totals, meta_records, read_meta_record
+from kvstore.state import (
+    FORMAT,
+    FORMATS,
+    GONE,
+    Dropped,
+    State,
+    Totals,
+    meta_records,
+    read_meta_record,
+)
 from kvstore.timestamps import (
     MIN_NS,
     decode_key,
@@ -145,10 +154,10 @@ class Segment:
     def _check_identity(self, store_id: bytes) -> None:
         with self.environment.read() as txn:
             identity = _identity(self.environment, txn)
-        if identity[0] != FORMAT:
+        if identity[0] not in FORMATS:
             raise StoreFormatError(
                 f"{self.environment.path}: format version {identity[0]}, this kvstore reads "
-                f"{FORMAT}: use the kvstore release that wrote it, or a newer one"
+                f"up to {FORMAT}: use the kvstore release that wrote it, or a newer one"
             )
         if identity[2] != self.number:
             raise StoreFormatError(
@@ -271,15 +280,23 @@ class Segment:
         return page
 
     def fetch(
-        self, entry: Entry, wanted: Sequence[tuple[int, Field]], *, verify: bool = True
+        self,
+        entry: Entry,
+        wanted: Sequence[tuple[int, Field]],
+        *,
+        part: slice = slice(None),
+        verify: bool = True,
     ) -> list[Array]:
-        """The blocks of these fields, (number, field), decoded into new memory."""
+        """These rows of these fields, (number, field), decoded into new memory."""
         with self.environment.read() as txn:
             return [
-                self._decode(txn, entry, number, field_, verify=verify) for number, field_ in wanted
+                self._decode(txn, entry, number, field_, part, verify=verify)
+                for number, field_ in wanted
             ]
 
-    def _decode(self, txn: Txn, entry: Entry, number: int, field_: Field, *, verify: bool) -> Array:
+    def _decode(
+        self, txn: Txn, entry: Entry, number: int, field_: Field, part: slice, *, verify: bool
+    ) -> Array:
         kind, raw_bytes, stored_bytes, expected, *inline = entry.blocks[number]
         if inline:
             data = memoryview(inline[0])
@@ -289,7 +306,7 @@ class Segment:
             raise DamageError(f"field {field_.name!r}: its block is missing or cut short")
         try:
             return codec.decode(
-                data, kind, raw_bytes, expected, field_, rows=entry.rows, verify=verify
+                data, kind, raw_bytes, expected, field_, rows=entry.rows, part=part, verify=verify
             )
         except DamageError as error:
             raise DamageError(f"field {field_.name!r}: {error}") from error

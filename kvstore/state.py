@@ -14,7 +14,8 @@ from kvstore.gaps import Gap
 from kvstore.schema import Field, Schema
 from kvstore.settings import Pin, Settings
 
-FORMAT: Final = 1
+FORMAT: Final = 2  # of the segments that are made; version 1 had no frames (codec.py)
+FORMATS: Final = (1, 2)  # that are read
 GONE: Final = object()  # in place of a meta record: delete it
 _STREAM: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
@@ -110,6 +111,7 @@ class State:
     settings: Settings = field(default_factory=Settings)
     pins: dict[int, Pin] = field(default_factory=dict)
     gaps: dict[int, Gap] = field(default_factory=dict)
+    version: int = FORMAT
 
     def stream_totals(self, stream_id: int) -> Totals:
         """A stream's totals over the whole store."""
@@ -175,7 +177,9 @@ def mark_key(name: str) -> bytes:
 def read_meta_record(state: State, key: bytes, record: Any) -> None:
     """Put one record of the meta table into the state."""
     kind, _, rest = key.partition(b":")
-    if kind == b"commit":
+    if kind == b"identity":
+        state.version = record[0]
+    elif kind == b"commit":
         state.last_commit_ns = record
     elif kind == b"stream":
         name, time, versions, fields = record

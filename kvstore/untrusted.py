@@ -19,7 +19,7 @@ from kvstore.errors import DamageError, KvstoreError
 from kvstore.gaps import KINDS, Gap
 from kvstore.schema import FIELDS_MAX, ROW_BYTES_MAX, Array, Field
 from kvstore.segment import Entry, read_entry
-from kvstore.state import FORMAT, State, StreamInfo, Totals, read_meta_record
+from kvstore.state import FORMATS, State, StreamInfo, Totals, read_meta_record
 from kvstore.timestamps import format_time, typed_time
 
 BATCH_KEY_BYTES: Final = 21
@@ -156,8 +156,9 @@ def take_meta(state: State, key: bytes, value: bytes) -> None:
 
 
 def _take_identity(state: State, version: Any, store_id: Any, number: Any, created: Any) -> None:
-    if version != FORMAT:
-        raise DamageError(f"its identity says format version {version}, expected {FORMAT}")
+    if version not in FORMATS:
+        known = max(FORMATS)
+        raise DamageError(f"its identity says format version {version}, expected up to {known}")
     fits = isinstance(store_id, bytes) and len(store_id) == _STORE_ID_BYTES
     if not (fits and _is_count(number) and _is_count(created)):
         raise DamageError("its identity has values that no segment has")
