@@ -41,6 +41,7 @@ FRAME_BYTES: Final = 1 << 19  # of rows before narrowing, at least one row
 _BYTES: Final = 1  # shuffled by bytes
 _BITS: Final = 2  # or by bits, which takes more time and, where values fill few bits, less space
 _BITS_WIDTH_MAX: Final = 2  # of four bytes, bits decompress at half the speed of bytes
+_BITS_COUNT: Final = 8  # other than whole bytes of each bit Blosc leaves unshuffled
 _BITS_RATIO: Final = 1.05  # what they have to save
 PROBE_MIN_BYTES: Final = 1 << 16  # below this, compressing costs less than probing saves
 PROBE_BYTES: Final = 1 << 14  # of each probed piece: enough for LZ4's window to find repeats
@@ -145,6 +146,7 @@ def _compress(words: Array, shuffle: int) -> bytes:
 
 def _frames(words: Array, shuffle: int, *, narrow: bool) -> bytes:
     step = max(1, FRAME_BYTES // (words.shape[1] * words.itemsize))
+    step -= step % _BITS_COUNT if step > _BITS_COUNT else 0
     frames = [words[row : row + step] for row in range(0, len(words), step)]
     return b"".join(_framed(frame, shuffle, narrow=narrow) for frame in frames)
 
@@ -152,7 +154,8 @@ def _frames(words: Array, shuffle: int, *, narrow: bool) -> bytes:
 def _framed(words: Array, shuffle: int, *, narrow: bool) -> bytes:
     if narrow:
         words = _narrowed(words)
-    return _compress(words, shuffle if words.itemsize <= _BITS_WIDTH_MAX else _BYTES)
+    by_bits = words.itemsize <= _BITS_WIDTH_MAX and words.size % _BITS_COUNT == 0
+    return _compress(words, shuffle if by_bits else _BYTES)
 
 
 def _narrowed(words: Array) -> Array:

@@ -269,9 +269,9 @@ class PageFile:
             if there == number and flags & 0xF == _LARGE and 0 < count <= self.pages - number:
                 yield number, count
 
-    def large(self, number: int, size: int) -> bytes:
-        """The first bytes of a large value."""
-        return self._read(number * self.page_bytes + _HEADER_BYTES, size)
+    def large(self, number: int, size: int, offset: int = 0) -> bytes:
+        """Bytes of a large value, from ``offset`` on."""
+        return self._read(number * self.page_bytes + _HEADER_BYTES + offset, size)
 
     # ---- meta pages ----
 

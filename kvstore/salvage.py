@@ -46,7 +46,8 @@ from kvstore.untrusted import (
 
 _STREAM: Final = struct.Struct(">I")
 _NUMBER: Final = struct.Struct(">H")
-_BLOSC_SIZE: Final = struct.Struct("<12xI")  # where a Blosc block says how long it is
+_FRAME_SIZE: Final = struct.Struct("<12xI")  # where a Blosc frame says how long it is
+_FRAMES_PER_PAGE: Final = 64  # zeros fill no more than 26; bounds the walk through hostile ones
 _SOUGHT_META: Final = (b"identity", b"stream", b"total")
 
 
@@ -281,18 +282,32 @@ class SegmentFile:
         wanted: dict[tuple[int, bool], dict[int, set[int]]] = {}
         for kind, _, size, checksum, *_ in self._unplaced():
             pages = self._file.overflow_pages(size)
-            sizes = wanted.setdefault((pages, kind == codec.BLOSC), {})
+            sizes = wanted.setdefault((pages, kind in (codec.BLOSC, codec.FRAMES)), {})
             sizes.setdefault(size, set()).add(checksum)
         found: dict[tuple[int, int], int] = {}
+        steps = self._file.pages * _FRAMES_PER_PAGE if wanted else 0
         for page, count in self._file.scan_overflow() if wanted else ():
-            told = _BLOSC_SIZE.unpack(self._file.large(page, _BLOSC_SIZE.size))[0]
-            blosc = wanted.get((count, True), {})
-            sizes = wanted.get((count, False), {}) | ({told: blosc[told]} if told in blosc else {})
-            for size, checksums in sizes.items():
+            framed = wanted.get((count, True), {})
+            told = self._frame_ends(page, max(framed), steps) if framed else []
+            steps -= len(told)
+            sizes = {size: framed[size] for size in told if size in framed}
+            for size, checksums in (*wanted.get((count, False), {}).items(), *sizes.items()):
                 checksum = codec.checksum(self._file.large(page, size))
                 if checksum in checksums:
                     found[size, checksum] = page
         return found
+
+    def _frame_ends(self, page: int, size: int, steps: int) -> list[int]:
+        """Where the first frames of a large value end, by their headers: one is its size."""
+        ends: list[int] = []
+        end = 0
+        while end < size and len(ends) < steps:
+            told = _FRAME_SIZE.unpack(self._file.large(page, _FRAME_SIZE.size, end))[0]
+            if told < _FRAME_SIZE.size:
+                break
+            end += told
+            ends.append(end)
+        return ends
 
     def _unplaced(self) -> Iterator[Sequence[Any]]:
         """The blocks that are not where the table of blocks says."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
+from golden import independent_reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,6 +78,249 @@ def test_text_comes_back(values, shape):
     assert decoded(codec.encode(array, field), field, len(values)).tolist() == array.tolist()
 
 
+@given(
+    dtype=st.sampled_from([*NUMBERS, "text"]),
+    shape=st.sampled_from([(), (0,), (3,), (2, 5)]),
+    rows=st.integers(0, 60),
+    content=st.sampled_from(["random", "few", "zeros"]),
+    frame_bytes=st.sampled_from([1, 24, 100, 1000, codec.FRAME_BYTES]),
+    ends=st.tuples(*[st.none() | st.integers(-70, 70)] * 2),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(deadline=None, max_examples=400)
+def test_part_of_the_rows_is_what_slicing_all_of_them_gives(
+    *, dtype, shape, rows, content, frame_bytes, ends, seed
+):
+    field = Field("v", dtype, shape)
+    count = rows * int(np.prod(shape))
+    high = {"random": 2**62, "few": 3, "zeros": 1}[content]
+    numbers = np.random.default_rng(seed).integers(0, high, 2 * count) - high // 2
+    if field.is_text:
+        array = np.array([str(n) for n in numbers[:count]], object).reshape(rows, *shape)
+    else:
+        plain = "i8" if field.np_dtype.kind in "mM" else field.np_dtype
+        with np.errstate(over="ignore"):
+            array = numbers[:count].astype(plain).view(field.np_dtype).reshape(rows, *shape)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(codec, "FRAME_BYTES", frame_bytes)
+        block = codec.encode(array, field)
+    part = slice(*ends)
+    out = decoded(block, field, rows, part=part)
+    assert out.dtype == array.dtype
+    assert out.shape == array[part].shape
+    assert out.tolist() == array[part].tolist() or np.array_equal(bits(out), bits(array[part]))
+    assert out.flags.writeable
+
+
+# ---- frames ----
+
+
+def framed(*frames):
+    """A block of these frames, under its right checksum."""
+    data = b"".join(frames)
+    return codec.Block(codec.FRAMES, 0, codec.checksum(data), data)
+
+
+def frame(values, shuffle=1):
+    return codec._compress(np.ascontiguousarray(values), shuffle)
+
+
+def headers(data):
+    """(flags, width, raw bytes) of each frame."""
+    found = []
+    while data:
+        flags, width, raw_bytes, size = struct.unpack_from("<2xBBI4xI", data)
+        found.append((flags, width, raw_bytes))
+        data = data[size:]
+    return found
+
+
+def round_trip(array, field=None):
+    """Headers of the frames that an array's block has, after reading it back in two ways."""
+    field = field or Field("v", array.dtype, array.shape[1:])
+    block = codec.encode(array, field)
+    assert block.codec == codec.FRAMES
+    assert np.array_equal(bits(decoded(block, field, len(array))), bits(array))
+    values = int(np.prod(field.shape))
+    raw = independent_reader.frames(bytes(block.data), 3, field.np_dtype.str, values)
+    assert raw == array.tobytes()
+    return headers(bytes(block.data))
+
+
+@pytest.mark.parametrize("dtype", ["i2", "i4", "i8", "u2", "u4", "u8", "m8[s]", "M8[ns]"])
+def test_integers_are_narrowed_to_the_bytes_that_all_of_them_fit_in(dtype):
+    own = np.dtype(dtype).itemsize
+    kind = "u" if dtype[0] == "u" else "i"
+    for width in (each for each in (1, 2, 4, 8) if each <= own):
+        info = np.iinfo(f"{kind}{width}")
+        for inside in ([info.min, info.max], [info.max], [info.min], [info.min, info.min + 1]):
+            array = np.resize(np.array(inside, f"{kind}{own}"), 200)
+            needed = min(w for w in (1, 2, 4, 8) if fits(inside, f"{kind}{w}"))
+            assert round_trip(array.view(dtype))[0][1] == needed
+        for beyond in (int(info.max) + 1, int(info.min) - 1):
+            if width < own and fits([beyond], f"{kind}{own}"):
+                array = np.full(200, beyond, f"{kind}{own}")
+                array[7] = 0
+                assert round_trip(array.view(dtype))[0][1] == 2 * width
+
+
+def fits(values, dtype):
+    info = np.iinfo(dtype)
+    return all(info.min <= value <= info.max for value in values)
+
+
+def test_negative_values_and_nat_come_back_through_narrow_frames():
+    assert round_trip(np.arange(-100, -1).repeat(9))[0][1] == 1
+    assert round_trip(-np.arange(70_000) - 5)[0][1] == 4
+    times = np.array(["NaT", "1969-12-31", "NaT"] * 90, "M8[s]")
+    assert round_trip(times)[0][1] == 8  # the least there is
+    assert round_trip(np.full(100, 5, "m8[s]"))[0][1] == 1
+
+
+def test_floats_and_bools_are_never_narrowed():
+    for dtype in ("f2", "f4", "f8", "c8", "c16", "?"):
+        width = min(np.dtype(dtype).itemsize, 8)
+        found = round_trip(np.zeros(300_000, dtype))
+        assert {each[1] for each in found} == {width}
+        assert not any(each[0] & 4 for each in found)
+
+
+def test_frames_of_one_block_have_their_own_widths():
+    per_frame = codec.FRAME_BYTES // 8
+    steps = [5, -300, 70_000, -(2**40), 0]
+    array = np.concatenate([np.resize(np.array([0, top]), per_frame) for top in steps])
+    assert [each[1] for each in round_trip(array)] == [1, 2, 4, 8, 1]
+    narrow = round_trip(array.reshape(-1, 4)[:, :3].copy())
+    assert len(narrow) == 4
+
+
+def test_a_row_is_never_cut_and_one_larger_than_a_frame_has_its_own():
+    width = codec.FRAME_BYTES // 4 + 1
+    rows = np.arange(3 * width, dtype="i4").reshape(3, width) % 100
+    assert [each[2] for each in round_trip(rows)] == [width] * 3
+    rows = np.arange(300_000 * 3, dtype="i4").reshape(-1, 3) % 100
+    found = [each[2] for each in round_trip(rows)]
+    assert len(found) == 7
+    assert not any(raw_bytes % 3 for raw_bytes in found)
+    assert not any(raw_bytes % 8 for raw_bytes in found[:-1])  # else Blosc shuffles no bits
+
+
+def test_bits_are_shuffled_where_that_saves_room_and_bytes_elsewhere():
+    rng = np.random.default_rng(1)
+    few = rng.integers(0, 6, (100_000, 2)).astype("i4")
+    assert all(each[0] & 4 for each in round_trip(few))
+    steps = np.arange(200_000) // 3000
+    assert not any(each[0] & 4 for each in round_trip(steps))
+    odd = round_trip(
+        few.reshape(-1)[:-3].copy()
+    )  # all frames but the last, which is no multiple of 8
+    assert [bool(each[0] & 4) for each in odd] == [True] * (len(odd) - 1) + [False]
+    wide = np.where(np.arange(200_000) < 190_000, rng.integers(0, 6, 200_000), 2**40)
+    assert {(each[1], bool(each[0] & 4)) for each in round_trip(wide)} >= {(8, False)}
+
+
+def test_a_frame_that_does_not_shrink_among_others_is_kept_as_it_is():
+    noise = np.random.default_rng(1).integers(0, 2**63, 200_000)
+    array = np.where(np.arange(200_000) < 70_000, noise, 7)
+    flags = [each[0] for each in round_trip(array)]
+    assert flags[0] & 2
+    assert not flags[-1] & 2
+
+
+# Of 100 rows 0, 1, 2, …, 99 as int32, and 40 of a complex128, by the writer of version 1.
+OLD = {
+    "i4": (
+        np.arange(100, dtype="i4"),
+        "0201310490010000900100008d0000001400000075000000ff5a000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f202122232425262728292a2b2c2d2e2f303132333435363738393a3b3c3d3e3f404142434445464748494a4b4c4d4e4f505152535455565758595a5b5c5d5e5f6061626300000000000500ff10500000000000",
+    ),
+    "c16": (
+        np.arange(40) * (1 + 2j),
+        "02013108800200008002000084000000140000006c0000001f000100ffbf2a80800400ff47f000001008181020142418281c2c203022322434263628382a3a2c3c2e3e30403141324233433444354536463747384839493a4a3b4b3c4c3d4d3e4e3f4f4050405041514151425242524353435300003f4040404040050030504040404040",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", OLD)
+def test_blocks_of_version_1_are_read(dtype):
+    array, text = OLD[dtype]
+    data = bytes.fromhex(text)
+    block = codec.Block(codec.BLOSC, array.nbytes, codec.checksum(data), data)
+    field = Field("v", dtype)
+    assert np.array_equal(decoded(block, field, len(array)), array)
+    assert np.array_equal(decoded(block, field, len(array), part=slice(7, 9)), array[7:9])
+    with pytest.raises(DamageError):
+        decoded(block._replace(raw_bytes=array.nbytes - array.itemsize), field, len(array) - 1)
+
+
+ROWS = 100
+GOOD = frame(np.arange(ROWS, dtype="i4"))
+
+
+def with_header(data=GOOD, **changes):
+    """That frame, its header changed: width, raw, block, size."""
+    packed = bytearray(data)
+    for name, value in changes.items():
+        place, form = {
+            "width": (3, "<B"),
+            "raw": (4, "<I"),
+            "block": (8, "<I"),
+            "size": (12, "<I"),
+        }[name]
+        struct.pack_into(form, packed, place, value)
+    return bytes(packed)
+
+
+HOSTILE = {
+    "nothing": [],
+    "no header": [GOOD[:15]],
+    "width 0": [with_header(width=0)],
+    "width 3": [with_header(width=3)],
+    "width 16": [with_header(width=16)],
+    "wider than the field": [frame(np.arange(ROWS))],
+    "no rows": [with_header(raw=0)],
+    "no rows in front": [with_header(raw=0), GOOD],
+    "part of a row": [with_header(raw=4 * ROWS - 1)],
+    "size 0": [with_header(size=0)],
+    "size in the header": [with_header(size=15)],
+    "size beyond the end": [with_header(size=len(GOOD) + 1)],
+    "size far beyond": [with_header(size=2**32 - 1)],
+    "size short": [with_header(size=len(GOOD) - 1)],
+    "block size 0": [with_header(block=0)],
+    "block size huge": [with_header(block=2**31 - 1)],
+    "too few rows": [frame(np.arange(ROWS - 1, dtype="i4"))],
+    "too few in two": [frame(np.arange(9, dtype="i4")), frame(np.arange(90, dtype="i4"))],
+    "too many rows": [frame(np.arange(ROWS + 1, dtype="i4"))],
+    "more frames than rows": [GOOD, GOOD],
+    "bytes behind": [GOOD, b"x"],
+    "a header behind": [GOOD, bytes(16)],
+    "4 GB of rows": [with_header(raw=2**32 - 4)],
+    "noise": [bytes(range(256))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("verify", [True, False])
+def test_frames_that_do_not_make_up_the_rows_are_refused(name, verify):
+    block = framed(*HOSTILE[name])._replace(raw_bytes=4 * ROWS)
+    with pytest.raises(DamageError):
+        decoded(block, Field("v", "i4"), ROWS, verify=verify)
+
+
+def test_of_frames_that_are_not_wanted_only_the_headers_are_read():
+    rotten = with_header(GOOD[:30], size=30)
+    block = framed(rotten, GOOD, rotten)._replace(raw_bytes=12 * ROWS)
+    out = decoded(block, Field("v", "i4"), 3 * ROWS, part=slice(ROWS, 2 * ROWS))
+    assert out.tolist() == list(range(ROWS))
+    with pytest.raises(DamageError):
+        decoded(block, Field("v", "i4"), 3 * ROWS, part=slice(ROWS - 1, ROWS))
+
+
+def test_frames_of_a_field_without_values_are_refused():
+    with pytest.raises(DamageError):
+        decoded(framed(GOOD), Field("v", "i4", (0,)), ROWS)
+    assert decoded(framed(), Field("v", "i4"), 0).tolist() == []
+
+
 def test_copied_blocks_do_not_follow_the_array():
     array = np.random.default_rng(1).integers(0, 2**63, 50_000)
     field = Field("v", "i8")
@@ -95,9 +341,12 @@ def test_incompressible_data_is_stored_raw_and_the_rest_is_not():
     assert codec.encode(half, Field("v", "i8")).codec == codec.FRAMES
 
 
+FRAMES_UP = np.arange(140_000) // 65_536 * 16  # frames of two, four and eight bytes
 SAMPLES = {
     "raw": (Field("v", "i8"), np.random.default_rng(1).integers(0, 2**63, 20_000)),
-    "blosc": (Field("v", "i8"), np.arange(20_000)),
+    "one frame": (Field("v", "i8"), np.arange(20_000)),
+    "frames": (Field("v", "i8"), np.where(np.arange(140_000) % 7, 300, -5) << FRAMES_UP),
+    "bits": (Field("v", "i4"), np.random.default_rng(1).integers(0, 6, 50_000).astype("i4")),
     "small": (Field("v", "i8"), np.arange(3)),
     "text": (Field("v", "text"), np.array([f"row {n}" for n in range(500)], object)),
 }
@@ -144,7 +393,7 @@ def test_unverified_damage_raises_or_yields_as_many_rows(name, data):
 
 @pytest.mark.parametrize("change", [{"codec": 9}, {"raw_bytes": 7}, {"raw_bytes": 1 << 60}])
 def test_an_index_entry_that_does_not_fit_is_refused(change):
-    field, array = SAMPLES["blosc"]
+    field, array = SAMPLES["one frame"]
     block = codec.encode(array, field)
     with pytest.raises(DamageError):
         decoded(block._replace(**change), field, len(array))

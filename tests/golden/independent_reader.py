@@ -24,7 +24,11 @@ import xxhash
 ENGINE: dict[str, Any] = {"lib_version": 0} if hasattr(lmdb.Environment, "lib_version") else {}
 UNITS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
 CODES = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I"}
+VERSIONS = (1, 2)
+CODECS = {1: (0, 1, 2), 2: (0, 2, 3)}  # of each version's segments
 CODES |= {"u8": "Q", "f2": "e", "f4": "f", "f8": "d", "c8": "ff", "c16": "dd"}
+
+BYTES = {tuple(f"{value:08b}"): value for value in range(256)}
 
 
 def record(data: bytes) -> Any:
@@ -48,16 +52,19 @@ def read_tables(path: Path) -> dict[str, dict[bytes, bytes]]:
 def read_store(path: Path) -> dict[str, Any]:
     """Sections 2, 8 and 9: marks, and for each stream its fields and rows by time, then arrival."""
     version, store_id, _ = record((path / "store.msgpack").read_bytes())
-    assert version == 1
+    assert version in VERSIONS
     files = listed(sorted((path / "segments").glob("*.mdb")))
     metas: list[dict[bytes, Any]] = []
     rows: dict[bytes, list[Any]] = {}
     for file in files:
         tables = read_tables(file)
         metas.append({key: record(value) for key, value in tables["meta"].items()})
-        assert metas[-1][b"identity"][:3] == [1, store_id, int(file.stem)]
+        own_version, *identity = metas[-1][b"identity"][:3]
+        assert identity == [store_id, int(file.stem)]
+        assert version <= own_version in VERSIONS  # one that was continued: section 17
+        version = own_version
         streams = {key[7:]: value for key, value in metas[-1].items() if key[:7] == b"stream:"}
-        for batch in read_batches(tables, streams):
+        for batch in read_batches(tables, streams, version):
             rows.setdefault(batch[0], []).append(batch[1:])
     newest = metas[-1]
     check_totals(metas, rows)
@@ -77,7 +84,7 @@ def listed(files: list[Path]) -> list[Path]:
 
 
 def read_batches(
-    tables: dict[str, dict[bytes, bytes]], streams: dict[bytes, Any]
+    tables: dict[str, dict[bytes, bytes]], streams: dict[bytes, Any], version: int
 ) -> Iterator[tuple[Any, ...]]:
     """Sections 6.2 and 6.3: of each batch: stream id, sort key, times, columns, totals."""
     assert len(tables["order"]) == len(tables["index"])
@@ -98,6 +105,7 @@ def read_batches(
             assert len(data) == stored_bytes
             assert bool(inline) == (stored_bytes < 256)
             assert xxhash.xxh3_64_intdigest(data) == checksum
+            assert codec in CODECS[version]
             columns.append(decode(data, codec, raw_bytes, field, count))
             sizes = [sizes[0] + raw_bytes, sizes[1] + stored_bytes]
         number = [field[0] for field in fields].index(time)
@@ -127,7 +135,7 @@ def decode(data: bytes, codec: int, raw_bytes: int, field: list[Any], count: int
             unicode_errors="surrogatepass",
         )
     else:
-        raw = blosc(data) if codec == 1 else data
+        raw = frames(data, codec, dtype, math.prod(shape)) if codec else data
         assert len(raw) == raw_bytes
         kind = "i8" if dtype[1] in "mM" else dtype[1:]
         unpacked = struct.iter_unpack("<" + CODES[kind], raw)
@@ -144,10 +152,43 @@ def nested(flat: list[Any], shape: list[int], count: int) -> list[Any]:
     return [nested(row, shape[1:], shape[0]) if shape[0] else [] for row in rows]
 
 
+def frames(data: bytes, codec: int, dtype: str, row_values: int) -> bytes:
+    """Sections 7.1 and 7.2: the raw bytes of one frame (codec 1) or of several (codec 3)."""
+    item_bytes = int(dtype[2:].partition("[")[0])
+    own_width = min(item_bytes, 8)
+    row_words = row_values * item_bytes // own_width
+    out, position = bytearray(), 0
+    while position < len(data):
+        width, raw_bytes, _, stored_bytes = struct.unpack_from("<3xB3I", data, position)
+        assert width in (1, 2, 4, 8)
+        assert raw_bytes > 0 == raw_bytes % (width * row_words)
+        frame = blosc(data[position : position + stored_bytes])
+        if width != own_width:
+            assert codec == 3
+            assert dtype[1] in "iumM"
+            frame = widened(frame, width, own_width, signed=dtype[1] != "u")
+        out += frame
+        position += stored_bytes
+        assert codec == 3 or (position == len(data) and not data[2] & 0b110)
+    return bytes(out)
+
+
+def widened(data: bytes, width: int, own_width: int, *, signed: bool) -> bytes:
+    """Section 7.1: the same integers in their own number of bytes."""
+    assert width < own_width
+    code = {1: "b", 2: "h", 4: "i", 8: "q"}
+    kinds = [code[each] if signed else code[each].upper() for each in (width, own_width)]
+    count = len(data) // width
+    return struct.pack(f"<{count}{kinds[1]}", *struct.unpack(f"<{count}{kinds[0]}", data))
+
+
 def blosc(data: bytes) -> bytes:
-    """Section 7.1, Blosc-LZ4, by LZ4's own block decompressor."""
+    """Section 7.2, a Blosc buffer, by LZ4's own block decompressor."""
     _, _, flags, width, raw_bytes, block_bytes, stored_bytes = struct.unpack_from("<4B3I", data)
-    assert (stored_bytes, flags >> 5, flags & 0b110) == (len(data), 1, 0)
+    assert (stored_bytes, flags >> 5) == (len(data), 1)
+    if flags & 2:
+        assert stored_bytes == 16 + raw_bytes
+        return data[16:]
     out = bytearray()
     for number in range(-(-raw_bytes // block_bytes)):
         (position,) = struct.unpack_from("<I", data, 16 + 4 * number)
@@ -162,7 +203,11 @@ def blosc(data: bytes) -> bytes:
             if packed_bytes != part_bytes:
                 part = lz4.block.decompress(part, uncompressed_size=part_bytes)
             parts += part
-        out += unshuffled(parts, width) if flags & 1 else parts
+        if flags & 4:
+            parts = bits_unshuffled(parts, width)
+        elif flags & 1:
+            parts = unshuffled(parts, width)
+        out += parts
     return bytes(out)
 
 
@@ -170,6 +215,17 @@ def unshuffled(data: bytes, width: int) -> bytes:
     count = len(data) // width
     planes = [data[n * count : (n + 1) * count] for n in range(width)]
     return b"".join(map(bytes, zip(*planes, strict=True))) + data[width * count :]
+
+
+def bits_unshuffled(data: bytes, width: int) -> bytes:
+    count = len(data) // width
+    if count % 8:
+        return data
+    planes = [data[n * count // 8 : (n + 1) * count // 8] for n in range(8 * width)]
+    bits = [f"{int.from_bytes(plane, 'little'):0{count}b}"[::-1] for plane in planes]
+    of_bytes = [zip(*reversed(bits[8 * n : 8 * n + 8]), strict=True) for n in range(width)]
+    joined = b"".join(bytes(BYTES[each] for each in one) for one in of_bytes)
+    return unshuffled(joined, width) + data[width * count :]
 
 
 def gathered(fields: list[Any], batches: list[Any]) -> dict[str, list[Any]]:
