@@ -103,7 +103,9 @@ class Active:
         """Make a group durable, in one transaction; undone as a whole where this raises."""
         if not group:
             return
-        if self._is_full():
+        # What reads only the old version must not find the new one's blocks in a segment of it.
+        is_old = self.state.version < FORMAT and any(item.batch is not None for item in group)
+        if is_old or self._is_full():
             self._with_room(self.roll)
         batches = [item.finished() for item in group if item.batch is not None]
         self._make_room(_needed_bytes(batches, group))
@@ -242,8 +244,6 @@ class Active:
         return retention.segment_bytes(self.state.settings, self._segment_bytes, self._disk_bytes)
 
     def _is_full(self) -> bool:
-        if self.state.version < FORMAT:
-            return True  # what reads the old version must not find the new one's blocks in it
         if not self._has_rows():
             return False  # however much it carries: a roll would not make it smaller
         environment = self._segment.environment

@@ -120,7 +120,7 @@ class Layout:
         else:
             state = State(uuid.uuid4().bytes, 1, time.time_ns())
             self.roll(state, segment_bytes)
-        identity = codec.packed([FORMAT, state.store_id, state.created_ns])
+        identity = codec.packed([state.version, state.store_id, state.created_ns])
         write_durably(self.path / _IDENTITY, identity)
 
     def prepare(self) -> None:

@@ -211,7 +211,7 @@ def newer_format(file):
         meta = env.open_db(b"meta")
         with env.begin(write=True, db=meta) as txn:
             _, *rest = codec.unpacked(txn.get(b"identity"), "identity")
-            txn.put(b"identity", codec.packed([2, *rest]))
+            txn.put(b"identity", codec.packed([3, *rest]))
 
 
 def foreign_lmdb(file):
@@ -244,7 +244,7 @@ BREAKS = {
     "foreign": (foreign_lmdb, "no segment of a store"),
     "another store's": (other_stores, "a segment of the store"),
     "renamed": (renamed, "holds segment 1"),
-    "newer": (newer_format, "format version 2, this kvstore reads 1"),
+    "newer": (newer_format, "format version 3, this kvstore reads up to 2"),
 }
 
 
@@ -328,9 +328,9 @@ def test_other_files_among_the_segments_are_left_alone(path):
 
 def test_a_newer_store_is_refused_by_its_version(path):
     _, *rest = codec.unpacked((path / "store.msgpack").read_bytes(), "")
-    (path / "store.msgpack").write_bytes(codec.packed([2, *rest]))
+    (path / "store.msgpack").write_bytes(codec.packed([3, *rest]))
     for mode in ("r", "w"):
-        with pytest.raises(StoreFormatError, match="format version 2, this kvstore reads 1"):
+        with pytest.raises(StoreFormatError, match="format version 3, this kvstore reads up to 2"):
             kvstore.open(path, mode)
 
 

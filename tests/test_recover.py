@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import struct
 import subprocess
 import time
 
@@ -20,6 +21,7 @@ import kvstore
 from kvstore import DiskFull, StoreError, StoreLocked, verify
 from kvstore.copies import locked_folder
 from kvstore.environment import TABLES
+from kvstore.pages import PageFile
 from kvstore.recover import recover
 
 
@@ -123,6 +125,54 @@ def test_a_batch_without_record_is_a_hole_between_its_neighbours(path):
     (loss,) = report.losses
     assert (loss.segment, loss.rows) == (2, ROWS)
     assert loss.what.startswith("batches ")
+
+
+def test_blocks_of_several_frames_that_no_page_points_to_are_found(broken_path):
+    """By the sizes that their frames tell; among others that take as many pages."""
+    rng = np.random.default_rng(1)
+    batches = [rng.integers(0, 4, (70_000, 2)) << 8 * k for k in range(6)]
+    with kvstore.open(broken_path, "w", segment_bytes=1 << 30) as store:
+        for number, v in enumerate(batches):
+            store.stream("s").append({"time": np.full(len(v), float(number)), "v": v})
+            store.flush()
+    file = segments(broken_path)[0]
+    data = bytearray(file.read_bytes())
+    with PageFile(file, print) as pages:
+        nodes = list(pages.nodes(b"blocks"))
+        frames = [pages.large(node.overflow, node.size) for node in nodes if node.overflow]
+    assert len(frames) >= len(batches)
+    assert all(struct.unpack_from("<12xI", each)[0] < len(each) for each in frames)
+    for page in {node.place >> 16 for node in nodes}:
+        data[page * 4096 : (page + 1) * 4096] = bytes(4096)
+    file.write_bytes(data)
+    target = broken_path.with_name("new.kv")
+    assert not recover(broken_path, target).losses
+    with kvstore.open(target) as store:
+        found = np.concatenate([batch["v"] for batch in store["s"].read(fields=["v"])])
+    assert np.array_equal(found, np.concatenate(batches))
+
+
+def test_a_walk_through_hostile_frames_ends(broken_path, monkeypatch):
+    """Large values full of the least frames, one inside the other: looked at, not for ever."""
+    with kvstore.open(broken_path, "w", segment_bytes=1 << 30) as store:
+        store.stream("s").append({"time": np.zeros(70_000), "v": np.arange(140_000).reshape(-1, 2)})
+    file = segments(broken_path)[0]
+    with PageFile(file, print) as pages:
+        node = max(pages.nodes(b"blocks"), key=lambda each: each.size)
+        count = pages.overflow_pages(node.size)
+    least = struct.pack("<4B3I", 2, 1, 0x21, 8, 16, 16, 16)
+    data = bytearray(file.read_bytes())
+    data[4096 * node.overflow + 16 : 4096 * (node.overflow + 1)] = bytes(4080)
+    data += bytes(-len(data) % 4096)
+    for number in range(len(data) // 4096, len(data) // 4096 + 4 * count):
+        data += struct.pack("<QHHI", number, 0, 4, count) + least * 255
+    file.write_bytes(data)
+    steps = []
+    large = PageFile.large
+    monkeypatch.setattr(PageFile, "large", lambda *a: steps.append(1) or large(*a))
+    report = recover(broken_path, broken_path.with_name("new.kv"))
+    assert report.losses
+    assert 1000 < len(steps) <= 65 * (len(data) // 4096)
 
 
 @pytest.mark.parametrize("which", [1, -1])

@@ -79,7 +79,7 @@ def test_rows_stay_staged_while_memory_is_short(path, monkeypatch):
 
 
 def test_without_memory_to_compress_rows_are_stored_as_they_are(monkeypatch):
-    def short(_):
+    def short(*_):
         raise MemoryError
 
     monkeypatch.setattr(codec, "_shuffle", lambda *_, **__: 1)

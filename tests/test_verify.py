@@ -275,8 +275,8 @@ def test_no_store_and_a_newer_one_are_errors(path, tmp_path):
     with pytest.raises(kvstore.StoreNotFound):
         verify(tmp_path)
     _, *rest = codec.unpacked((path / "store.msgpack").read_bytes(), "")
-    (path / "store.msgpack").write_bytes(codec.packed([2, *rest]))
-    with pytest.raises(kvstore.StoreFormatError, match="version 2"):
+    (path / "store.msgpack").write_bytes(codec.packed([3, *rest]))
+    with pytest.raises(kvstore.StoreFormatError, match="version 3"):
         verify(path)
 
 

@@ -264,11 +264,82 @@ def make_operated(maker: Maker) -> None:
     maker.keep("log", lambda row: 10.0 * (row[0] // 10) in kept)
 
 
+def make_framed(maker: Maker) -> None:
+    """Frames: several to a block, each of its own width; by bits, by bytes, and as they are."""
+    make_widths(maker)
+    make_long(maker)
+    make_large_rows(maker)
+    maker.commit()
+
+
+def make_widths(maker: Maker) -> None:
+    """Five frames of 1, 2, 4, 8 and 1 bytes for each number, by what stands in them."""
+    signed, unsigned = Field("signed", "i8", (32,)), Field("unsigned", "u8", (32,))
+    maker.define("widths", Field("time", "i8"), signed, unsigned, time="time")
+    per_frame = (512 << 10) // (8 * 32)
+    count = 4 * per_frame + 100
+    frame = np.arange(count) // per_frame
+    even = (np.arange(32) % 2 == 0)[None]
+    lows = np.array([-128, -(2**15), -(2**31), -(2**63), 0])[frame, None]
+    highs = np.array([127, 2**15 - 1, 2**31 - 1, 2**63 - 1, -1])[frame, None]
+    tops = np.array([2**8 - 1, 2**16 - 1, 2**32 - 1, 2**64 - 1, 1], "u8")[frame, None]
+    rows = {
+        "time": START_NS + frame * 10**9,
+        "signed": np.where(even, lows, highs),
+        "unsigned": np.where(even, tops, tops // np.uint64(3)),
+    }
+    maker.append("widths", rows)
+
+
+def make_long(maker: Maker) -> None:
+    """A frame of 65,536 rows and one of three, too few for Blosc to compress."""
+    rng = random.Random(5)
+    fields = [
+        Field("few", "i4"),
+        Field("counts", "i8"),
+        Field("levels", "u8"),
+        Field("at", "M8[us]"),
+        Field("took", "m8[s]"),
+        Field("mean", "f8"),
+    ]
+    maker.define("long", Field("time", "f8"), *fields, time="time")
+    count = (64 << 10) + 3
+    n = np.arange(count)
+    few = np.zeros((3, count), "i8")
+    few[:, :6000] = [[rng.randrange(5) for _ in range(6000)] for _ in few]
+    rows = {
+        "time": n // 1000 * 0.5,
+        "few": (few[0] - 2).astype("i4"),  # one frame, of no whole number of eights
+        "counts": few[1] - 3,
+        "levels": (few[2] + 65_000).astype("u8"),
+        "at": np.where(n % 5000, n // 5000, -(2**63)).astype("M8[us]"),
+        "took": -(n // 700).astype("m8[s]"),
+        "mean": n // 64 / 8,
+    }
+    maker.append("long", rows)
+    maker.commit()
+
+
+def make_large_rows(maker: Maker) -> None:
+    """Each row larger than a frame should be, and so a frame of its own."""
+    fields = [Field("ramp", "u4", (140_001,)), Field("wave", "f4", (140_001,))]
+    maker.define("large", Field("time", "M8[s]"), *fields, time="time")
+    n = np.arange(140_001)
+    rows = {
+        "time": np.array([-1, 0, 7]).astype("M8[s]"),
+        "ramp": np.stack([n % 251, n % 9 + 65_530, n % 5]).astype("u4"),
+        "wave": np.stack([n % 50 / 4, n * 0.0, n * 0.0]).astype("f4"),
+    }
+    maker.append("large", rows)
+
+
 STORES = {
     "empty": (make_empty, 1),
     "rolled": (make_rolled, 3),
     "typed": (make_typed, 1),
     "operated": (make_operated, 0),
+    "typed2": (make_typed, 1),  # from here on of format version 2
+    "framed": (make_framed, 2),
 }
 
 
