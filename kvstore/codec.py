@@ -38,6 +38,7 @@ FRAMES: Final = 3
 
 LEVEL: Final = 5
 FRAME_BYTES: Final = 1 << 19  # of rows before narrowing, at least one row
+FRAME_BYTES_MIN: Final = 1 << 12  # but for the last of a block: what bounds the time for a block
 _BYTES: Final = 1  # shuffled by bytes
 _BITS: Final = 2  # or by bits, which takes more time and, where values fill few bits, less space
 _BITS_WIDTH_MAX: Final = 2  # of four bytes, bits decompress at half the speed of bytes
@@ -199,7 +200,8 @@ def _decode_frames(data: memoryview, out: Array, first: int, total: int) -> None
     while begin < total and out.shape[1]:
         width, rows, size = _header(data[offset:], out)
         end = begin + rows
-        if end > total:
+        is_small = rows * out.shape[1] * out.itemsize < FRAME_BYTES_MIN
+        if end > total or (is_small and end < total):
             break
         low, high = max(begin, first), min(end, first + len(out))
         if low < high:

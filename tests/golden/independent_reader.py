@@ -169,6 +169,7 @@ def frames(data: bytes, codec: int, dtype: str, row_values: int) -> bytes:
             frame = widened(frame, width, own_width, signed=dtype[1] != "u")
         out += frame
         position += stored_bytes
+        assert len(frame) >= 4096 or position == len(data)
         assert codec == 3 or (position == len(data) and not data[2] & 0b110)
     return bytes(out)
 
