@@ -227,7 +227,7 @@ def _header(data: memoryview, out: Array) -> tuple[int, int, int]:
             and width <= out.itemsize
             and _BLOSC_HEADER.size <= size <= len(data)
         )
-        if fits and raw_bytes and raw_bytes % row_bytes == 0:
+        if fits and raw_bytes % row_bytes == 0:
             return width, raw_bytes // row_bytes, size
     raise DamageError(f"{len(data)} bytes begin with no Blosc frame")
 

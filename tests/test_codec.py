@@ -283,6 +283,7 @@ HOSTILE = {
     "no rows": [with_header(raw=0)],
     "no rows in front": [with_header(raw=0), GOOD],
     "part of a row": [with_header(raw=4 * ROWS - 1)],
+    "more than a row": [with_header(raw=4 * ROWS + 1)],
     "size 0": [with_header(size=0)],
     "size in the header": [with_header(size=15)],
     "size beyond the end": [with_header(size=len(GOOD) + 1)],
@@ -305,8 +306,22 @@ HOSTILE = {
 @pytest.mark.parametrize("verify", [True, False])
 def test_frames_that_do_not_make_up_the_rows_are_refused(name, verify):
     block = framed(*HOSTILE[name])._replace(raw_bytes=4 * ROWS)
+    for part in (slice(None), slice(1, ROWS - 1)):
+        with pytest.raises(DamageError):
+            decoded(block, Field("v", "i4"), ROWS, part=part, verify=verify)
+
+
+WRONG = ("size", "width", "part of", "more than", "too many", "4 GB")  # by a header alone
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name.startswith(WRONG)])
+def test_blosc_is_not_given_a_header_that_would_have_it_read_elsewhere(name, monkeypatch):
+    reached = []
+    monkeypatch.setattr(codec, "_decompress", lambda *_: reached.append(1))
+    block = framed(*HOSTILE[name])._replace(raw_bytes=4 * ROWS)
     with pytest.raises(DamageError):
-        decoded(block, Field("v", "i4"), ROWS, verify=verify)
+        decoded(block, Field("v", "i4"), ROWS)
+    assert not reached or name == "size short"
 
 
 def test_of_frames_that_are_not_wanted_only_the_headers_are_read():
@@ -341,6 +356,8 @@ def test_hostile_frames_cost_neither_time_nor_memory():
 def test_frames_of_a_field_without_values_are_refused():
     with pytest.raises(DamageError):
         decoded(framed(GOOD), Field("v", "i4", (0,)), ROWS)
+    with pytest.raises(DamageError):
+        decoded(framed(), Field("v", "i4", (0,)), ROWS)
     assert decoded(framed(), Field("v", "i4"), 0).tolist() == []
 
 
