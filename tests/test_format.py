@@ -270,7 +270,6 @@ def more(count=5_000):
 
 def continue_(path):
     with kvstore.open(path, "w") as store:
-        store.flush(marks={"more": 0})
         store.stream("new").append(more())
         store.flush(marks={"more": 1})
         store.flush(marks={"more": 2})
