@@ -5,6 +5,7 @@ An act that times less than all it does gives its own started_s and ended_s.
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
 import time
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -25,10 +26,12 @@ from bench.scale.scalars import check_stream
 from bench.workload import Workload
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from kvstore.generate import Profile
 
-PLACES: Final = 50
 COPIED_BYTES: Final = 4 << 20  # as a batch is
+COPIED_PIECES: Final = 16  # more than a core's cache holds
 _prepared: list[Workload] = []  # what this worker is to append
 
 
@@ -37,10 +40,13 @@ def ready() -> dict[str, float]:
     return {}
 
 
-def look(store: str, rows: int, ranges: int, seed: int) -> dict[str, float]:
-    """Open, info, first row and 1 % ranges of a store of numbered rows; all warm."""
+def look(store: str, rows: int, ranges: int, places: int, seed: int) -> dict[str, float]:
+    """Open, info, first row and 1 % ranges of a store of numbered rows; all warm.
+
+    Of so many ranges and places, which are drawn; medians, but all rows of all ranges.
+    """
     rng = random.Random(seed)
-    starts = [rng.randrange(rows) for _ in range(PLACES)]
+    starts = [rng.randrange(rows) for _ in range(places)]
     share = max(1, rows // 100)
     firsts = [rng.randrange(rows - share + 1) for _ in range(ranges)]
     _first_row_s(store, starts[0], rows)
@@ -53,10 +59,12 @@ def look(store: str, rows: int, ranges: int, seed: int) -> dict[str, float]:
     }
 
 
-def look_at_streams(store: str, streams: int, rows: int, seed: int) -> dict[str, float]:
+def look_at_streams(
+    store: str, streams: int, rows: int, places: int, seed: int
+) -> dict[str, float]:
     """The same of a store of many streams: one stream's first row, and all of its rows."""
     rng = random.Random(seed)
-    numbers = [rng.randrange(streams) for _ in range(PLACES)]
+    numbers = [rng.randrange(streams) for _ in range(places)]
     check_stream(store, numbers[0], streams, rows)
     full = [check_stream(store, number, streams, rows) for number in numbers]
     return {
@@ -121,10 +129,10 @@ def read_shares(store: str, first: int, rows: int, threads: int) -> dict[str, fl
 def memcpy(size_bytes: int, threads: int) -> dict[str, float]:
     """Copy so many bytes in pieces of a batch, an equal share by each thread.
 
-    The source is 16 such pieces a thread, each copy goes to new memory, as a read's does.
+    A thread has a source of 64 MB; each copy goes to new memory, as a read's does.
     """
     pieces = max(1, size_bytes // threads // COPIED_BYTES)
-    sources = [np.ones((16, COPIED_BYTES), np.uint8) for _ in range(threads)]
+    sources = [_source(number) for number in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
         started = time.perf_counter_ns()
         copied = sum(pool.map(lambda source: _copied(source, pieces), sources))
@@ -174,7 +182,13 @@ def _read(store: kvstore.Store, first: int, stop: int) -> int:
     return found - first
 
 
-def _copied(source: np.ndarray[Any, np.dtype[np.uint8]], pieces: int) -> int:
+@functools.cache
+def _source(number: int) -> NDArray[np.uint8]:
+    """A thread's own; made once, so that the next run starts at once."""
+    return np.full((COPIED_PIECES, COPIED_BYTES), number, np.uint8)
+
+
+def _copied(source: NDArray[np.uint8], pieces: int) -> int:
     copied = 0
     for number in range(pieces):
         copied += source[number % len(source)].copy().nbytes

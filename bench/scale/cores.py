@@ -60,7 +60,8 @@ def cores(setting: Setting, profile: Profile) -> list[Figure]:
         task = Task(folder / "run.kv", work.rows)
         write_store(task.store, work.batches)
         del work  # leaves its memory to the page cache
-        _read(task, "processes", asked)
+        for kind in KINDS:
+            _read(task, kind, asked), _copy(task, kind, asked)
         points = {
             kind: [_point(task, kind, asked[:count], setting) for count in _counts(asked)]
             for kind in KINDS

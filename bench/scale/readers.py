@@ -1,8 +1,8 @@
 """Two processes read while one writes at full speed: what does each lose?
 
 A store that already holds half of the data. The writer appends as much again, alone and beside
-two readers that read everything there is over and over; and the two read without a writer, for
-as long as one pass takes. All three in turns. Whoever reads checks the number of every row.
+two readers that read everything there is over and over; and the two read without a writer. All
+three in turns. Whoever reads checks the number of every row.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from kvstore.generate import Profile
 
 READERS: Final = 2
 _READING_S: Final = 0.05  # before the writer begins: a batch or two of each reader
+_ALONE_GB_S: Final = 1.0  # readers alone read for as long as a writer at this rate would take
 
 
 class Place(NamedTuple):
@@ -89,8 +90,9 @@ def _side(kept: dict[str, list[Rates]], name: str, place: Place) -> float:
         for reader in reading:
             reader.ask("read_until", store=store, end=end, rows_min=place.rows)
         written: Answer = {}
+        if reading:
+            time.sleep(_READING_S if name == "both" else place.size_bytes / GB / _ALONE_GB_S)
         if name != "readers":
-            time.sleep(_READING_S if reading else 0)
             written = place.writer.did("append", store=store)
         end.touch()
         read = [reader.answer() for reader in reading]

@@ -10,7 +10,7 @@ import itertools
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import kvstore
 from bench.figure import BenchError, Figure, Measurement, Setting
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 STREAMS: Final = 1000
 ROW_SHARE_BYTES: Final = 400  # one row per so many bytes
+PLACES: Final = 50  # streams that are read
 ROWS_EACH_MIN: Final = 2 * TOGETHER
 QUANTITIES: Final = (
     ("open", "ms", "open_s", 1e3),
@@ -96,10 +97,11 @@ def _figures(looks: dict[int, list[Answer]]) -> list[Figure]:
 def _looks(stores: dict[int, Path], rows: int, setting: Setting) -> dict[int, list[Answer]]:
     """Look at both stores in turns, each look by a process of its own."""
     looks: dict[int, list[Answer]] = {streams: [] for streams in stores}
+    asked = {"rows": rows, "places": PLACES, "seed": setting.seed}
 
     def side(streams: int) -> float:
-        look: dict[str, Any] = {"streams": streams, "rows": rows, "seed": setting.seed}
-        looks[streams].append(alone("look_at_streams", store=stores[streams], **look))
+        store = stores[streams]
+        looks[streams].append(alone("look_at_streams", store=store, streams=streams, **asked))
         return looks[streams][-1]["open_s"]
 
     interleaved(setting.pairs, *(partial(side, streams) for streams in stores))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -33,6 +32,7 @@ SHARES: Final = (0.01, 0.1, 1.0)
 RATIO: Final = 135  # raw to stored, of numbered rows
 SEGMENTS: Final = 300  # in the layout of many
 STORED_SHARE: Final = 1 / 90  # room to ask for: RATIO, with a margin
+PLACES: Final = 50  # where open, info and first row are measured
 COMPRESSED_BATCHES: Final = 200  # for the limit of the write rate
 
 # "The cost must not grow": looks at either size are minutes apart on a machine in another mood.
@@ -159,8 +159,8 @@ def _looked(path: Path, store: kvstore.Store, rows: int, write_s: float, setting
     ranges = max(1, round(setting.size_bytes / PARTICLE_BYTES / rows))  # as many bytes at each size
     looks, shown = [], []
     for number in range(setting.pairs):
-        seed = setting.seed + number
-        looks.append(alone("look", store=path, rows=rows, ranges=ranges, seed=seed))
+        asked = {"rows": rows, "ranges": ranges, "places": PLACES, "seed": setting.seed + number}
+        looks.append(alone("look", store=path, **asked))
         shown.append(process.run(process.kvstore("info", path), watched=0))
     stage = Stage(rows, looks, shown, file_bytes(path), info.segments, write_s)
     said = ", ".join(f"{q.name} {q.of(stage, 0):.3g} {q.unit}" for q in QUANTITIES)
@@ -183,8 +183,8 @@ def _compress_gb_s(rows: int) -> float:
 MEASUREMENTS: Final = tuple(
     Measurement(name, f"a store as it grows to 1 TB, {about}", run)
     for name, about, run in (
-        ("terabyte-one", "in one segment", partial(one_segment)),
-        ("terabyte-many", "in hundreds of segments", partial(many_segments)),
-        ("terabyte-default", "in segments of 2 GiB", partial(default_segments)),
+        ("terabyte-one", "in one segment", one_segment),
+        ("terabyte-many", "in hundreds of segments", many_segments),
+        ("terabyte-default", "in segments of 2 GiB", default_segments),
     )
 )
