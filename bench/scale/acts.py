@@ -22,7 +22,7 @@ from bench.capture import STREAM
 from bench.figure import BenchError
 from bench.measure import seconds
 from bench.scale.rows import check_numbers, read_seconds, time_of, with_numbers
-from bench.scale.scalars import check_stream
+from bench.scale.scalars import check_stream, write_streams
 from bench.workload import Workload
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ def _expect(holds: bool, said: str) -> None:  # noqa: FBT001
 ACTS: Final[dict[str, Callable[..., dict[str, float]]]] = {
     "ready": ready,
     "look": look,
+    "write_streams": write_streams,
     "look_at_streams": look_at_streams,
     "prepare": prepare,
     "append": append,

@@ -54,7 +54,7 @@ def readers(setting: Setting, profile: Profile) -> list[Figure]:
         scratch(setting.folder, bytes_needed=2 * size) as folder,
         workers(1 + READERS) as (writer, *reading),
     ):
-        rows = with_numbers(profile, size, setting.seed).rows
+        rows = size // PARTICLE_BYTES
         place = Place(folder, profile, size, setting.seed, rows, writer, reading)
         writer.did("prepare", profile=profile, size_bytes=size, seed=setting.seed + 1, first=rows)
         interleaved(setting.pairs, *(partial(_side, kept, name, place) for name in kept))

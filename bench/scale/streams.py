@@ -1,134 +1,92 @@
 """A thousand streams in one store, beside the same rows in a single stream.
 
 Readings of three numbers, ten in an append, streams in turns. Every stream has a batch of its own
-in each commit: what is it that costs, the streams or their rows?
+in each commit: what is it that costs, the streams or their rows? Each store is written, and
+looked at, by processes of their own, whose memory is watched.
 """
 
 from __future__ import annotations
 
-import itertools
-import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
-import kvstore
-from bench.figure import BenchError, Figure, Measurement, Setting
-from bench.measure import interleaved, removed, scratch
+from bench import process
+from bench.figure import Figure, Measurement, Setting
+from bench.measure import interleaved, scratch
 from bench.scale.rows import file_bytes, part_bytes
-from bench.scale.scalars import TOGETHER, columns, pieces, stream_name
+from bench.scale.scalars import TOGETHER
 from bench.scale.worker import Answer, alone
 
-if TYPE_CHECKING:
-    from kvstore.schema import Batch
-
 STREAMS: Final = 1000
-ROW_SHARE_BYTES: Final = 400  # one row per so many bytes
 PLACES: Final = 50  # streams that are read
+ROW_SHARE_BYTES: Final = 400  # one row per so many bytes
 ROWS_EACH_MIN: Final = 2 * TOGETHER
+
+
+class Round(NamedTuple):
+    """What was found of one store in one round."""
+
+    written: Answer
+    look: Answer
+    info_cli: process.Pipeline
+    bytes_per_row: float
+
+
+class Quantity(NamedTuple):
+    """One figure: its name, unit, and how it is taken from a round."""
+
+    name: str
+    unit: str
+    of: Callable[[Round], float]
+
+
 QUANTITIES: Final = (
-    ("open", "ms", "open_s", 1e3),
-    ("info", "ms", "info_s", 1e3),
-    ("first-row", "ms", "first_s", 1e3),
-    ("full-read", "ns/row", "row_s", 1e9),
-    ("memory", "MB", "anon_mb", 1),
+    Quantity("write", "rows/s", lambda found: found.written["rows_s"]),
+    Quantity("write-memory", "MB", lambda found: found.written["anon_mb"]),
+    Quantity("stored", "bytes/row", lambda found: found.bytes_per_row),
+    Quantity("open", "ms", lambda found: found.look["open_s"] * 1e3),
+    Quantity("info", "ms", lambda found: found.look["info_s"] * 1e3),
+    Quantity("info-cli", "ms", lambda found: found.info_cli.wall_s * 1e3),
+    Quantity("first-row", "ms", lambda found: found.look["first_s"] * 1e3),
+    Quantity("full-read", "ns/row", lambda found: found.look["row_s"] * 1e9),
+    Quantity("read-memory", "MB", lambda found: found.look["anon_mb"]),
 )
 
 
-class Written(NamedTuple):
-    """What one store of so many rows was like."""
-
-    rows_s: float
-    bytes_per_row: float
-    batches: int
-
-
 def many_streams(setting: Setting) -> list[Figure]:
-    """Write and read both stores in turns."""
+    """Write and look at either store in turns."""
     rows = max(STREAMS * ROWS_EACH_MIN, part_bytes(setting) // ROW_SHARE_BYTES)
-    made = columns(rows)
-    written: dict[int, Written] = {}
-    with scratch(setting.folder, bytes_needed=2000 * rows) as folder:
-        many, one = interleaved(
-            setting.pairs,
-            partial(_rows_s, folder / "run.kv", made, STREAMS, written),
-            partial(_rows_s, folder / "run.kv", made, 1, written),
-        )
-        stores = {STREAMS: folder / "many.kv", 1: folder / "one.kv"}
-        for streams, store in stores.items():
-            _write(store, made, streams)
-        looks = _looks(stores, rows, setting)
-    return [_write_figure(many, one, written, rows), *_figures(looks)]
-
-
-def _write_figure(
-    many: list[float], one: list[float], written: dict[int, Written], rows: int
-) -> Figure:
-    return Figure(
-        name="streams-write",
-        unit="rows/s",
-        limit_name="the same rows in one stream",
-        values=many,
-        limits=one,
-        details={
-            "streams": STREAMS,
-            "rows": rows,
-            "batches": written[STREAMS].batches,
-            "stored_bytes_per_row": written[STREAMS].bytes_per_row,
-            "one_stream_batches": written[1].batches,
-            "one_stream_stored_bytes_per_row": written[1].bytes_per_row,
-        },
-    )
-
-
-def _figures(looks: dict[int, list[Answer]]) -> list[Figure]:
+    kept: dict[int, list[Round]] = {STREAMS: [], 1: []}
+    sides = [partial(_side, kept, streams, rows, setting) for streams in kept]
+    interleaved(setting.pairs, *sides)
+    batches = {"rows": rows, "batches": kept[STREAMS][0].written["batches"]}
     return [
         Figure(
-            name=f"streams-{name}",
-            unit=unit,
-            limit_name="a store of one stream",
-            values=[look[key] * factor for look in looks[STREAMS]],
-            limits=[look[key] * factor for look in looks[1]],
+            name=f"streams-{quantity.name}",
+            unit=quantity.unit,
+            limit_name="the same rows in one stream",
+            values=[quantity.of(found) for found in kept[STREAMS]],
+            limits=[quantity.of(found) for found in kept[1]],
+            details={"streams": STREAMS, **batches} if quantity.name == "write" else {},
         )
-        for name, unit, key, factor in QUANTITIES
+        for quantity in QUANTITIES
     ]
 
 
-def _looks(stores: dict[int, Path], rows: int, setting: Setting) -> dict[int, list[Answer]]:
-    """Look at both stores in turns, each look by a process of its own."""
-    looks: dict[int, list[Answer]] = {streams: [] for streams in stores}
-    asked = {"rows": rows, "places": PLACES, "seed": setting.seed}
-
-    def side(streams: int) -> float:
-        store = stores[streams]
-        looks[streams].append(alone("look_at_streams", store=store, streams=streams, **asked))
-        return looks[streams][-1]["open_s"]
-
-    interleaved(setting.pairs, *(partial(side, streams) for streams in stores))
-    return looks
+def _side(kept: dict[int, list[Round]], streams: int, rows: int, setting: Setting) -> float:
+    with scratch(setting.folder, bytes_needed=100 * rows) as folder:
+        kept[streams].append(_measured(folder / "run.kv", streams, rows, setting))
+    return 0.0
 
 
-def _rows_s(path: Path, made: Batch, streams: int, written: dict[int, Written]) -> float:
-    with removed(path):
-        written[streams] = found = _write(path, made, streams)
-    return found.rows_s
-
-
-def _write(path: Path, made: Batch, streams: int) -> Written:
-    """Append all rows and flush; streams are made by their first append, inside the time."""
-    rows = len(made["timestamps"])
-    with kvstore.open(path, mode="w") as store:
-        started = time.perf_counter_ns()
-        opened = [store.stream(stream_name(number)) for number in range(streams)]
-        for stream, piece in zip(itertools.cycle(opened), pieces(made), strict=False):
-            stream.append(piece)
-        store.flush()
-        taken_s = (time.perf_counter_ns() - started) / 1e9
-        info = store.info()
-    if sum(stream.rows for stream in info.streams) != rows or len(info.streams) != streams:
-        raise BenchError(f"{path} does not hold {rows} rows in {streams} streams")
-    batches = sum(stream.batches for stream in info.streams)
-    return Written(rows / taken_s, file_bytes(path) / rows, batches)
+def _measured(store: Path, streams: int, rows: int, setting: Setting) -> Round:
+    written = alone("write_streams", path=store, streams=streams, rows=rows)
+    asked = {"streams": streams, "rows": rows, "places": PLACES, "seed": setting.seed}
+    look = alone("look_at_streams", store=store, **asked)
+    shown = process.run(process.kvstore("info", store), watched=0)
+    return Round(written, look, shown, file_bytes(store) / rows)
 
 
 MEASUREMENTS: Final = (
