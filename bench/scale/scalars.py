@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 TOGETHER: Final = 10  # rows in one append
 ROWS_PER_S: Final = 1000.0
+_LEVELS: Final = 1 << 16  # what a converter of 16 bits gives, as a float; each once, scattered:
+_SCATTER: Final = 40_503  # levels that rose in steps would compress to nothing
 _CHUNK_ROWS: Final = 100_000  # made at once: a millisecond for a hundred of appends
 
 
@@ -47,7 +49,7 @@ def rows_at(numbers: NDArray[Any]) -> Batch:
     """The rows with those numbers."""
     return {
         "timestamps": START_S + numbers / ROWS_PER_S,
-        "level": (numbers % 6000) / 100,
+        "level": numbers * _SCATTER % _LEVELS / 100,
         "number": numbers,
     }
 
