@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -27,6 +28,7 @@ from bench.scale import (
     terabyte,
 )
 from bench.scale.worker import workers
+from bench.workload import Workload
 from kvstore.stream import Stream
 
 TINY_BYTES = 20_000_000
@@ -109,9 +111,14 @@ def test_a_single_wrong_value_is_found(tmp_path, broken, said):
     with kvstore.open(written(tmp_path / "run.kv")) as store:
         batch = next(store[STREAM].read())
     assert rows.check_all(batch, 0) == rows.BATCH_ROWS
+    work = Workload(memoryview(b""), [batch], rows.BATCH_ROWS)
+    short = written(tmp_path / "short.kv", rows.BATCH_ROWS)
+    rows.check_store(short, work)
     broken(batch)
     with pytest.raises(BenchError, match=said):
         rows.check_all(batch, 0)
+    with pytest.raises(BenchError, match="rows from 0 on"):
+        rows.check_store(short, work)
 
 
 def wrong(monkeypatch, change):
@@ -144,6 +151,9 @@ def test_right_reads_pass_and_wrong_ones_fail_every_bench(tmp_path, monkeypatch,
     scalars.write_streams(many, 2, 200_000)
     scalars.write_streams(single, 1, 100_000)
     ended = tmp_path / "end"
+    work = Workload(
+        memoryview(b""), list(map(copy.deepcopy, rows.Numbered().batches(0, 2000))), 2000
+    )
     feed = late.Feed([], rows.times(np.arange(2000)), lambda batch: batch["scattering"][:, 0, 0])
     of_one_batch = [
         lambda: acts.look(store, 2000, 1, 1, 1),
@@ -154,6 +164,7 @@ def test_right_reads_pass_and_wrong_ones_fail_every_bench(tmp_path, monkeypatch,
         lambda: acts.read_until(store, str(ended), 2000),
         lambda: acts.look_at_streams(many, 2, 200_000, 1, 1),
         lambda: small._check(single, 100_000),
+        lambda: rows.check_store(tmp_path / "run.kv", work),
     ]
     monkeypatch.setattr(small, "STREAM", scalars.stream_name(0))
     ended.touch()  # else a reader would go on for ever

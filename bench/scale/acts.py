@@ -21,7 +21,7 @@ import kvstore
 from bench.capture import STREAM
 from bench.figure import BenchError
 from bench.measure import seconds
-from bench.scale.rows import check_numbers, read_seconds, time_of, with_numbers
+from bench.scale.rows import check_all, check_numbers, read_seconds, time_of, with_numbers
 from bench.scale.scalars import check_stream, write_streams
 from bench.workload import Workload
 
@@ -160,7 +160,7 @@ def _first_row_s(store: str, number: int, rows: int) -> float:
     with kvstore.open(store) as opened:
         batch = next(iter(opened[STREAM].read(time_of(number), time_of(rows))))
     taken = time.perf_counter_ns() - started
-    check_numbers(batch, number)
+    check_all(batch, number)
     return taken / 1e9
 
 

@@ -1,6 +1,7 @@
 """How reading scales with threads of one process, and with processes; memcpy beside it.
 
-The same rows each time, warm, an equal share for each worker. Where processes gain and threads
+The same rows each time, warm, an equal share for each worker. All values are checked once,
+before; each read checks the number and time of every row. Where processes gain and threads
 do not, it is the interpreter's lock; where memcpy stops as well, it is cores or memory.
 Efficiency is the rate divided by so many times that of one.
 """
@@ -18,7 +19,7 @@ from typing import Any, Final, Literal, NamedTuple
 from bench.capture import write_store
 from bench.figure import Figure, Measurement, Setting
 from bench.measure import GB, interleaved, scratch
-from bench.scale.rows import part_bytes, with_numbers
+from bench.scale.rows import check_store, part_bytes, with_numbers
 from bench.scale.worker import Together, Worker, together, workers
 from bench.workload import PARTICLE_BYTES
 from kvstore.generate import Profile
@@ -59,6 +60,7 @@ def cores(setting: Setting, profile: Profile) -> list[Figure]:
         work = with_numbers(profile, size, setting.seed)
         task = Task(folder / "run.kv", work.rows)
         write_store(task.store, work.batches)
+        check_store(task.store, work)
         del work  # leaves its memory to the page cache
         for kind in KINDS:
             _read(task, kind, asked), _copy(task, kind, asked)

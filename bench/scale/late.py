@@ -168,6 +168,8 @@ def _first_row_ms(path: Path, feed: Feed, seed: int, *, ordered: bool) -> float:
             start, stop = float(feed.times[number]), float(feed.times[-1])
             batch = next(iter(store[STREAM].read(start, stop, ordered=ordered)))
         taken_ms.append((time.perf_counter_ns() - started) / 1e6)
+        if not np.array_equal(batch["timestamps"], feed.times[feed.numbers(batch)]):
+            raise BenchError(f"{path}: rows from {start!r} on have times of other rows")
         if not (batch["timestamps"] >= start).all():
             raise BenchError(f"{path}: a range from {start!r} on has earlier rows")
     return median(taken_ms)
@@ -193,7 +195,9 @@ def _check(
 ) -> None:
     expected = np.arange(first, first + rows)
     numbers = np.concatenate([feed.numbers(batch) for batch in found] or [expected[:0]])
-    if not np.array_equal(numbers if ordered else np.sort(numbers), expected):
+    times = np.concatenate([batch["timestamps"] for batch in found] or [feed.times[:0]])
+    right = np.array_equal(numbers if ordered else np.sort(numbers), expected)
+    if not right or not np.array_equal(times, feed.times[numbers]):
         raise BenchError(f"{path}: {len(numbers)} rows for the {rows} from {first} on, or others")
 
 

@@ -2,7 +2,8 @@
 
 A store that already holds half of the data. The writer appends as much again, alone and beside
 two readers that read everything there is over and over; and the two read without a writer. All
-three in turns. Whoever reads checks the number of every row.
+three in turns. All values are checked before; whoever reads checks the
+number and time of every row.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Final, NamedTuple
 from bench.capture import check_rows, write_store
 from bench.figure import Figure, Measurement, Setting
 from bench.measure import GB, interleaved, removed, scratch, settle
-from bench.scale.rows import part_bytes, with_numbers
+from bench.scale.rows import check_store, part_bytes, with_numbers
 from bench.scale.worker import Answer, Worker, workers
 from bench.workload import PARTICLE_BYTES
 from kvstore.generate import Profile
@@ -84,7 +85,10 @@ def _figures(profile: Profile, kept: dict[str, list[Rates]]) -> list[Figure]:
 def _side(kept: dict[str, list[Rates]], name: str, place: Place) -> float:
     store = place.folder / "run.kv"
     with removed(store), removed(place.folder / "end") as end:
-        write_store(store, with_numbers(place.profile, place.size_bytes, place.seed).batches)
+        work = with_numbers(place.profile, place.size_bytes, place.seed)
+        write_store(store, work.batches)
+        check_store(store, work)
+        del work
         settle(place.size_bytes)
         reading = place.readers if name != "writer" else []
         for reader in reading:

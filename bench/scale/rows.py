@@ -9,12 +9,16 @@ checked.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+import kvstore
+from bench.capture import STREAM
 from bench.figure import BenchError
 from bench.workload import PARTICLE_BYTES, PARTICLES_PER_S, START_S, Workload
 from kvstore.generate import Profile
@@ -106,6 +110,34 @@ def check_all(batch: Batch, first: int) -> int:
         if not (batch[name].reshape(rows, -1)[:, 1:] == fill).all():
             raise BenchError(f"{name}: wrong values within the rows from {first} on")
     return rows
+
+
+def check_store(store: Path, work: Workload) -> None:
+    """Check every value of a store that holds a workload, in its order, and nothing else."""
+    starts = list(accumulate((len(b["timestamps"]) for b in work.batches), initial=0))
+    found = 0
+    with kvstore.open(store) as opened:
+        for batch in opened[STREAM].read():
+            rows = len(batch["timestamps"])
+            for number in range(bisect_right(starts, found) - 1, bisect_left(starts, found + rows)):
+                if not _agree(batch, found, work.batches[number], starts[number]):
+                    raise BenchError(f"{store}: rows from {found} on are not what was written")
+            found += rows
+    if found != work.rows:
+        raise BenchError(f"{store}: {found} rows were read, {work.rows} were written")
+
+
+def _agree(one: Batch, one_first: int, other: Batch, other_first: int) -> bool:
+    """Whether two batches have the same values in the rows that both hold."""
+    start = max(one_first, other_first)
+    stop = min(one_first + len(one["timestamps"]), other_first + len(other["timestamps"]))
+    return all(
+        np.array_equal(
+            column[start - one_first : stop - one_first],
+            other[name][start - other_first : stop - other_first],
+        )
+        for name, column in one.items()
+    )
 
 
 def read_seconds(batches: Iterator[Batch], first: int, rows: int) -> float:
