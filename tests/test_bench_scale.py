@@ -28,7 +28,6 @@ from bench.scale import (
     terabyte,
 )
 from bench.scale.worker import workers
-from bench.workload import Workload
 from kvstore.stream import Stream
 
 TINY_BYTES = 20_000_000
@@ -111,14 +110,13 @@ def test_a_single_wrong_value_is_found(tmp_path, broken, said):
     with kvstore.open(written(tmp_path / "run.kv")) as store:
         batch = next(store[STREAM].read())
     assert rows.check_all(batch, 0) == rows.BATCH_ROWS
-    work = Workload(memoryview(b""), [batch], rows.BATCH_ROWS)
     short = written(tmp_path / "short.kv", rows.BATCH_ROWS)
-    rows.check_store(short, work)
+    rows.check_store(short, [batch])
     broken(batch)
     with pytest.raises(BenchError, match=said):
         rows.check_all(batch, 0)
     with pytest.raises(BenchError, match="rows from 0 on"):
-        rows.check_store(short, work)
+        rows.check_store(short, [batch])
 
 
 def wrong(monkeypatch, change):
@@ -151,9 +149,7 @@ def test_right_reads_pass_and_wrong_ones_fail_every_bench(tmp_path, monkeypatch,
     scalars.write_streams(many, 2, 200_000)
     scalars.write_streams(single, 1, 100_000)
     ended = tmp_path / "end"
-    work = Workload(
-        memoryview(b""), list(map(copy.deepcopy, rows.Numbered().batches(0, 2000))), 2000
-    )
+    work = list(map(copy.deepcopy, rows.Numbered().batches(0, 2000)))
     feed = late.Feed([], rows.times(np.arange(2000)), lambda batch: batch["scattering"][:, 0, 0])
     of_one_batch = [
         lambda: acts.look(store, 2000, 1, 1, 1),
@@ -164,7 +160,7 @@ def test_right_reads_pass_and_wrong_ones_fail_every_bench(tmp_path, monkeypatch,
         lambda: acts.read_until(store, str(ended), 2000),
         lambda: acts.look_at_streams(many, 2, 200_000, 1, 1),
         lambda: small._check(single, 100_000),
-        lambda: rows.check_store(tmp_path / "run.kv", work),
+        lambda: rows.check_store(tmp_path / "run.kv", work, ordered=True),
     ]
     monkeypatch.setattr(small, "STREAM", scalars.stream_name(0))
     ended.touch()  # else a reader would go on for ever
@@ -177,15 +173,27 @@ def test_right_reads_pass_and_wrong_ones_fail_every_bench(tmp_path, monkeypatch,
             each()
 
 
-def test_stores_that_lack_rows_fail(tmp_path):
+def test_stores_that_lack_rows_or_have_more_fail(tmp_path):
     store = written(tmp_path / "run.kv")
     for each in (
         lambda: acts.look(store, 2001, 1, 1, 1),
         lambda: acts.read_shares(store, 0, 2001, 1),
         lambda: acts.read_until(store, str(tmp_path / "end"), 2001),
+        lambda: rows.check_store(tmp_path / "run.kv", list(rows.Numbered().batches(0, 100))),
+        lambda: rows.check_store(tmp_path / "run.kv", []),
     ):
         with pytest.raises(BenchError):
             each()
+
+
+def test_packets_that_were_stored_wrong_are_found(tmp_path):
+    size = 50 * small.PARTICLE_BYTES
+    with kvstore.open(tmp_path / "run.kv", mode="w") as store:
+        for batch in small.batches_of("uniform", size, 1, particles=1):
+            store.stream(STREAM).append(batch)
+    small._check_packets(tmp_path / "run.kv", size, 1)
+    with pytest.raises(BenchError, match="is not what was sent"):
+        small._check_packets(tmp_path / "run.kv", size, 2)
 
 
 def test_a_worker_that_fails_says_why(tmp_path):

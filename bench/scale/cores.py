@@ -60,7 +60,7 @@ def cores(setting: Setting, profile: Profile) -> list[Figure]:
         work = with_numbers(profile, size, setting.seed)
         task = Task(folder / "run.kv", work.rows)
         write_store(task.store, work.batches)
-        check_store(task.store, work)
+        check_store(task.store, work.batches)
         del work  # leaves its memory to the page cache
         for kind in KINDS:
             _read(task, kind, asked), _copy(task, kind, asked)

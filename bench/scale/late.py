@@ -3,7 +3,8 @@
 The same rows in two stores of 20 segments that together span ten hours, in order and late, read
 in turns. Late rows go to the active segment, so a range is in up to three of them. Particles
 come in packets that are batches of their own; readings ten together, which the store gathers:
-their batches mix rows of now with rows of an hour ago.
+their batches mix rows of now with rows of an hour ago. All values are checked once, before; each
+read checks which rows it gave, and their times.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import kvstore
 from bench.capture import STREAM
 from bench.figure import BenchError, Figure, Measurement, Rule, Setting
 from bench.measure import interleaved, removed, scratch
-from bench.scale.rows import file_bytes, part_bytes, put_numbers
+from bench.scale.rows import check_store, file_bytes, part_bytes, put_numbers
 from bench.scale.scalars import TOGETHER, columns, pieces
 from bench.workload import START_S, Workload
 from kvstore.writer import SEGMENT_BYTES_MIN
@@ -156,6 +157,7 @@ def _write(
     (stats,) = info.streams
     if stats.rows != len(feed.times):
         raise BenchError(f"{path} holds {stats.rows} rows, {len(feed.times)} were appended")
+    check_store(path, feed.packets, ordered=True)
     return {"segments": info.segments, "rows": stats.rows, "batches": stats.batches}
 
 

@@ -87,7 +87,7 @@ def _side(kept: dict[str, list[Rates]], name: str, place: Place) -> float:
     with removed(store), removed(place.folder / "end") as end:
         work = with_numbers(place.profile, place.size_bytes, place.seed)
         write_store(store, work.batches)
-        check_store(store, work)
+        check_store(store, work.batches)
         del work
         settle(place.size_bytes)
         reading = place.readers if name != "writer" else []

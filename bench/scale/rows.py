@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -112,19 +112,23 @@ def check_all(batch: Batch, first: int) -> int:
     return rows
 
 
-def check_store(store: Path, work: Workload) -> None:
-    """Check every value of a store that holds a workload, in its order, and nothing else."""
-    starts = list(accumulate((len(b["timestamps"]) for b in work.batches), initial=0))
+def check_store(store: Path, batches: Sequence[Batch], *, ordered: bool = False) -> None:
+    """Check every value of a store that holds these rows, in this order, and no others.
+
+    ordered: they were appended in another order than that of their times.
+    """
+    starts = list(accumulate((len(batch["timestamps"]) for batch in batches), initial=0))
     found = 0
     with kvstore.open(store) as opened:
-        for batch in opened[STREAM].read():
+        for batch in opened[STREAM].read(ordered=ordered):
             rows = len(batch["timestamps"])
-            for number in range(bisect_right(starts, found) - 1, bisect_left(starts, found + rows)):
-                if not _agree(batch, found, work.batches[number], starts[number]):
+            last = min(bisect_left(starts, found + rows), len(batches))
+            for number in range(bisect_right(starts, found) - 1, last):
+                if not _agree(batch, found, batches[number], starts[number]):
                     raise BenchError(f"{store}: rows from {found} on are not what was written")
             found += rows
-    if found != work.rows:
-        raise BenchError(f"{store}: {found} rows were read, {work.rows} were written")
+    if found != starts[-1]:
+        raise BenchError(f"{store}: {found} rows were read, {starts[-1]} were written")
 
 
 def _agree(one: Batch, one_first: int, other: Batch, other_first: int) -> bool:

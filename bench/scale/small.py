@@ -9,7 +9,9 @@ from __future__ import annotations
 import pickle
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +25,7 @@ from bench.measure import interleaved, removed, scratch, settle, warm
 from bench.pipes import PacketFile, packet_file
 from bench.scale.rows import file_bytes, part_bytes
 from bench.scale.scalars import columns, rows_at
-from bench.workload import PARTICLE_BYTES
+from bench.workload import PARTICLE_BYTES, batches_of
 from kvstore.packets import PacketDecoder
 
 APPEND_SHARE_BYTES: Final = 100_000  # one append per so many bytes of the size: 10 million of 1 TB
@@ -39,12 +41,13 @@ def one_particle_packets(setting: Setting) -> list[Figure]:
     stored: list[float] = []
     with scratch(setting.folder, bytes_needed=3 * size) as folder:
         one = packet_file(folder / "one", PARTICLE_BYTES, setting.seed)
-        start_s = min(_write_seconds(one, folder / "one.kv", []) for _ in range(2))
+        start_s = min(_write_seconds(one, folder / "one.kv", [], lambda _: None) for _ in range(2))
         packets = packet_file(folder / "packets", size, setting.seed, particles=1)
+        check = partial(_check_packets, size_bytes=size, seed=setting.seed)
         content = packets.path.read_bytes()
         ours, decoded, pickled = interleaved(
             setting.pairs,
-            lambda: packets.rows / _write_seconds(packets, folder / "run.kv", stored),
+            lambda: packets.rows / _write_seconds(packets, folder / "run.kv", stored, check),
             lambda: packets.rows / _decode_seconds(content, packets.rows),
             lambda: packets.rows / _unpickle_seconds(content, packets.rows),
         )
@@ -99,14 +102,28 @@ def one_row_appends(setting: Setting) -> list[Figure]:
     ]
 
 
-def _write_seconds(packets: PacketFile, store: Path, stored: list[float]) -> float:
+def _write_seconds(
+    packets: PacketFile, store: Path, stored: list[float], check: Callable[[Path], None]
+) -> float:
     warm(packets.path)
     settle(packets.path.stat().st_size)
     with removed(store):
         done = process.run(["cat", str(packets.path)], process.kvstore("write", store))
         check_rows(store, packets.rows)
+        check(store)
         stored.append(file_bytes(store) / packets.rows)
     return done.wall_s
+
+
+def _check_packets(store: Path, size_bytes: int, seed: int) -> None:
+    """Check every value of what the packets were made of, by making them again."""
+    made = batches_of("uniform", size_bytes, seed, particles=1)
+    with kvstore.open(store) as opened:
+        for batch in opened[STREAM].read():
+            sent = list(islice(made, len(batch["timestamps"])))
+            for name, column in batch.items():
+                if not np.array_equal(column, np.concatenate([each[name] for each in sent])):
+                    raise BenchError(f"{store}: {name} is not what was sent")
 
 
 def _decode_seconds(content: bytes, packets: int) -> float:
