@@ -1,7 +1,7 @@
 """``python -m bench [NAMES…]``: measure, print a table on stderr, write JSON.
 
-``python -m bench soak`` and ``python -m bench compare`` are other matters: see soak.py and
-compare/run.py.
+``python -m bench soak``, ``python -m bench compare`` and ``python -m bench scale`` are other
+matters: see soak.py, compare/run.py and scale/run.py.
 
 Exit codes: 0 everything was measured, whether the targets were met or not; 1 something could
 not be measured; 2 wrong usage.
@@ -10,7 +10,6 @@ not be measured; 2 wrong usage.
 from __future__ import annotations
 
 import argparse
-import datetime as dt
 import re
 import sys
 import tempfile
@@ -20,12 +19,11 @@ from pathlib import Path
 import kvstore
 from bench import capture, lookup, memory, pipes, reading, report, soak, startup
 from bench.compare import run as compare
-from bench.figure import BenchError, Figure, Measurement, Setting
-from bench.host import describe, filesystem
-from bench.measure import scratch
+from bench.figure import Measurement, Setting
+from bench.host import filesystem
 from bench.process import ROOT
-from bench.workload import Workload
-from kvstore.errors import KvstoreError
+from bench.scale import run as scale
+from bench.session import measure_all
 
 MEASUREMENTS: tuple[Measurement, ...] = (
     *capture.MEASUREMENTS,
@@ -46,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return soak.main(arguments[1:])
     if arguments[:1] == ["compare"]:
         return compare.main(arguments[1:])
+    if arguments[:1] == ["scale"]:
+        return scale.main(arguments[1:])
     options = _parser().parse_args(arguments)
     if options.list:
         for measurement in MEASUREMENTS:
@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kvstore.keep_freed_memory()  # as a program that captures should: see its docstring
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=options.dir) as folder:
         setting = _setting(options, Path(folder))
-        done = _measure_all(options.names or [m.name for m in MEASUREMENTS], setting)
+        wanted = [m for m in MEASUREMENTS if m.name in options.names or not options.names]
+        done = measure_all(wanted, setting, disk_bytes=setting.size_bytes)
     print("\n" + report.table(done.figures, done.failures), file=sys.stderr)
     if options.json or not options.tiny:
         path = options.json or _results_path(done)
@@ -69,31 +70,6 @@ def size_bytes(text: str) -> int:
     if found is None or found[2] not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 2GB or 512MiB")
     return int(float(found[1]) * _UNITS[found[2]])
-
-
-def _measure_all(names: Sequence[str], setting: Setting) -> report.Report:
-    started = dt.datetime.now(dt.UTC)
-    host, disk_gb_s = describe(setting.folder), _disk_gb_s(setting)
-    print(report.header(host, disk_gb_s, setting) + "\n", file=sys.stderr)
-    figures: list[Figure] = []
-    failures: list[report.Failure] = []
-    for measurement in (m for m in MEASUREMENTS if m.name in names):
-        try:
-            made = measurement.run(setting)
-        except (BenchError, KvstoreError, OSError, MemoryError) as error:
-            failures.append(report.Failure(measurement.name, f"{type(error).__name__}: {error}"))
-            print(f"NOT MEASURED {measurement.name}: {error}", file=sys.stderr)
-            continue
-        figures += made
-        print(*map(report.line, made), sep="\n", file=sys.stderr)
-    return report.Report(started, host, disk_gb_s, setting, figures, failures)
-
-
-def _disk_gb_s(setting: Setting) -> float:
-    """Measure the disk once, for the header."""
-    with scratch(setting.folder, bytes_needed=setting.size_bytes) as folder:
-        work = Workload.of("uniform", setting.size_bytes, setting.seed)
-        return capture.bare_gb_s(folder / "bare", work.raw)
 
 
 def _setting(options: argparse.Namespace, folder: Path) -> Setting:
