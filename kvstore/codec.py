@@ -1,6 +1,6 @@
 """A field's array <-> a block of bytes. Pure; safe to call from many threads at once.
 
-Numbers go through Blosc-LZ4 at level 5 in frames of half a megabyte, or are stored as they are
+Numbers go through Blosc-LZ4 at level 5 in frames of a megabyte, or are stored as they are
 where a probe finds them incompressible; text is msgpack through LZ4. A frame's integers are
 first narrowed to the bytes that its values need: a detector's counts fill two of an int32's
 four. What is narrowed stays in the second-level cache, and a range that cuts a batch
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import struct
+import threading
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
@@ -26,6 +27,7 @@ import msgpack
 import numpy as np
 import xxhash
 
+from kvstore import libc
 from kvstore.errors import DamageError
 from kvstore.schema import Array, Field
 
@@ -37,7 +39,7 @@ TEXT: Final = 2
 FRAMES: Final = 3
 
 LEVEL: Final = 5
-FRAME_BYTES: Final = 1 << 19  # of rows before narrowing, at least one row
+FRAME_BYTES: Final = 1 << 20  # of rows before narrowing, at least one row
 FRAME_BYTES_MIN: Final = 1 << 12  # but for the last of a block: what bounds the time for a block
 _BYTES: Final = 1  # shuffled by bytes
 _BITS: Final = 2  # or by bits: smaller where values fill few of them
@@ -48,9 +50,13 @@ PROBE_MIN_BYTES: Final = 1 << 16  # below this, compressing costs less than prob
 PROBE_BYTES: Final = 1 << 14  # of each probed piece: enough for LZ4's window to find repeats
 PROBE_PIECES: Final = 3  # start, middle, end: a batch may be half empty
 RAW_RATIO: Final = 1.03  # a saving below 3 % is not worth decompressing for
+POPULATE_BYTES_MIN: Final = 256 << 10  # smaller arrays come from malloc's own stock
 SMALL_BYTES: Final = 64  # Blosc's own header and bookkeeping take 16 of them
 _NARROWED: Final = "iumM"  # kinds of numpy: integers, durations, times
 _BLOSC_HEADER: Final = struct.Struct("<3xB3I")  # of a Blosc buffer: width, raw, block, stored bytes
+
+
+_of_thread = threading.local()
 
 
 @functools.cache
@@ -113,6 +119,8 @@ def decode(
         )
     start, stop, _ = part.indices(rows)
     out = np.empty((max(stop - start, 0), *field.shape), field.np_dtype)
+    if out.nbytes >= POPULATE_BYTES_MIN:
+        libc.populate(out.ctypes.data, out.nbytes)
     if codec != RAW:
         _decode_frames(data, _words(out, field), start, rows)
     elif len(data) != raw_bytes:
@@ -207,14 +215,25 @@ def _decode_frames(data: memoryview, out: Array, first: int, total: int) -> None
         if low < high:
             target, frame = out[low - first : high - first], data[offset : offset + size]
             if width < out.itemsize or high - low < rows:
-                whole = np.empty((rows, out.shape[1]), f"{out.dtype.kind}{width}")
+                whole = _scratch(rows * out.shape[1] * width)
                 _decompress(frame, whole)
+                whole = whole.view(f"{out.dtype.kind}{width}").reshape(rows, -1)
                 np.copyto(target, whole[low - begin : high - begin])
             else:
                 _decompress(frame, target)
         offset, begin = offset + size, end
     if begin != total or offset != len(data):
         raise DamageError(f"{len(data)} bytes are no frames of {total} rows")
+
+
+def _scratch(size: int) -> Array:
+    """Memory for a moment; each thread keeps its own, which stays in the caches."""
+    if size > FRAME_BYTES:
+        return np.empty(size, np.uint8)
+    if not hasattr(_of_thread, "scratch"):
+        _of_thread.scratch = np.empty(FRAME_BYTES, np.uint8)
+    found: Array = _of_thread.scratch[:size]
+    return found
 
 
 def _header(data: memoryview, out: Array) -> tuple[int, int, int]:

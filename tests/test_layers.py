@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # below the command line imports the public names, everything goes to the module that owns them.
 FLOORS = (
     ("errors", "timestamps", "events", "every", "stats"),
-    ("schema", "settings", "lossless", "codec", "libc", "metapage"),
+    ("schema", "settings", "lossless", "libc", "metapage"),
+    ("codec",),
     ("gaps",),
     ("environment",),
     ("pages",),
