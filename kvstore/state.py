@@ -7,6 +7,7 @@ writing session, settings, pins and gaps. docs/format.md, section 9, has the byt
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
@@ -44,6 +45,24 @@ class Totals(NamedTuple):
             other.first if self.first is None else min(self.first, other.first),
             other.last if self.last is None else max(self.last, other.last),
             max(self.next_sequence, other.next_sequence),
+        )
+
+    @classmethod
+    def summed(cls, parts: Sequence[Totals]) -> Totals:
+        """All together, as ``plus`` does it one by one."""
+        next_sequence = max((part.next_sequence for part in parts), default=0)
+        held = [part for part in parts if part.rows]
+        if not held:
+            return cls(next_sequence=next_sequence)
+        rows, batches, raw_bytes, stored_bytes, firsts, lasts, _ = zip(*held, strict=True)
+        return cls(
+            sum(rows),
+            sum(batches),
+            sum(raw_bytes),
+            sum(stored_bytes),
+            min(firsts),
+            max(lasts),
+            next_sequence,
         )
 
 
@@ -112,13 +131,28 @@ class State:
     pins: dict[int, Pin] = field(default_factory=dict)
     gaps: dict[int, Gap] = field(default_factory=dict)
     version: int = FORMAT
+    # Of each stream that was asked for, over all sealed segments; these are never changed in place.
+    _sealed_totals: dict[int, Totals] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def stream_totals(self, stream_id: int) -> Totals:
         """A stream's totals over the whole store."""
-        total = Totals()
-        for summary in self.sealed.values():
-            total = total.plus(summary.totals.get(stream_id, Totals()))
-        return total.plus(self.totals.get(stream_id, Totals()))
+        held = self._sealed_totals.get(stream_id)
+        if held is None:
+            each = (sealed.totals.get(stream_id) for sealed in self.sealed.values())
+            held = Totals.summed([totals for totals in each if totals])
+            self._sealed_totals[stream_id] = held
+        return held.plus(self.totals.get(stream_id, Totals()))
+
+    def next_sequence(self, stream_id: int) -> int:
+        """The number of a stream's next batch, which the active segment always carries."""
+        return self.totals.get(stream_id, Totals()).next_sequence
+
+    def go_on_from(self, earlier: State) -> None:
+        """Take over what was summed up there, if it still holds."""
+        if self.sealed == earlier.sealed:
+            self._sealed_totals = earlier._sealed_totals
 
 
 def meta_records(state: State) -> dict[bytes, Any]:
@@ -174,41 +208,62 @@ def mark_key(name: str) -> bytes:
     return b"mark:" + name.encode()
 
 
-def read_meta_record(state: State, key: bytes, record: Any) -> None:
-    """Put one record of the meta table into the state."""
+class Part(NamedTuple):
+    """What a meta record says: the value of an attribute of State, or of one key in it."""
+
+    attribute: str
+    value: Any
+    key: Any = None
+
+    def put(self, state: State) -> None:
+        """Set it there."""
+        if self.key is None:
+            setattr(state, self.attribute, self.value)
+        else:
+            getattr(state, self.attribute)[self.key] = self.value
+
+
+def meta_part(key: bytes, record: Any) -> Part | None:
+    """What a record of the meta table says; None for a kind that this kvstore does not know."""
     kind, _, rest = key.partition(b":")
-    if kind == b"identity":
-        state.version = record[0]
-    elif kind == b"commit":
-        state.last_commit_ns = record
-    elif kind == b"stream":
-        name, time, versions, fields = record
-        schema = Schema(tuple(Field.from_record(each) for each in fields), time)
-        stream_id = _STREAM.unpack(rest)[0]
-        state.streams[name] = StreamInfo(stream_id, name, schema, tuple(versions))
-    elif kind == b"total":
-        state.totals[_STREAM.unpack(rest)[0]] = Totals(*record)
-    elif kind == b"mark":
-        state.marks[rest.decode()] = record
-    elif kind == b"sealed":
+    if kind == b"sealed":
         number, file_bytes, last_commit_ns, totals, *clock = record
         per_stream = {stream_id: Totals(*each) for stream_id, each in totals.items()}
-        state.sealed[number] = Sealed(number, file_bytes, last_commit_ns, per_stream, *clock)
-    else:
-        _read_operations(state, kind, rest, record)
+        return Part("sealed", Sealed(number, file_bytes, last_commit_ns, per_stream, *clock), number)
+    if kind == b"total":
+        return Part("totals", Totals(*record), _STREAM.unpack(rest)[0])
+    if kind == b"stream":
+        name, time, versions, fields = record
+        schema = Schema.of(tuple(Field.from_record(each) for each in fields), time)
+        info = StreamInfo(_STREAM.unpack(rest)[0], name, schema, tuple(versions))
+        return Part("streams", info, name)
+    if kind == b"mark":
+        return Part("marks", record, rest.decode())
+    if kind == b"identity":
+        return Part("version", record[0])
+    if kind == b"commit":
+        return Part("last_commit_ns", record)
+    return _operations_part(kind, rest, record)
 
 
-def _read_operations(state: State, kind: bytes, rest: bytes, record: Any) -> None:
+def _operations_part(kind: bytes, rest: bytes, record: Any) -> Part | None:
     if kind == b"dropped":
         totals, *others = record
-        state.dropped[_STREAM.unpack(rest)[0]] = Dropped(Totals(*totals), *others)
-    elif kind == b"clock":
-        state.clock_ns = record
-    elif kind == b"session":
-        state.session = Session(*record)
-    elif kind == b"settings":
-        state.settings = Settings.from_record(record)
-    elif kind == b"pin":
-        state.pins[_U64.unpack(rest)[0]] = Pin(*record)
-    elif kind == b"gap":
-        state.gaps[_U64.unpack(rest)[0]] = Gap(*record)
+        return Part("dropped", Dropped(Totals(*totals), *others), _STREAM.unpack(rest)[0])
+    if kind == b"clock":
+        return Part("clock_ns", record)
+    if kind == b"session":
+        return Part("session", Session(*record))
+    if kind == b"settings":
+        return Part("settings", Settings.from_record(record))
+    if kind == b"pin":
+        return Part("pins", Pin(*record), _U64.unpack(rest)[0])
+    if kind == b"gap":
+        return Part("gaps", Gap(*record), _U64.unpack(rest)[0])
+    return None
+
+
+def read_meta_record(state: State, key: bytes, record: Any) -> None:
+    """Put one record of the meta table into the state."""
+    if part := meta_part(key, record):
+        part.put(state)
