@@ -36,6 +36,7 @@ from kvstore.state import (
     Totals,
     meta_part,
     meta_records,
+    put_part,
 )
 from kvstore.timestamps import (
     MIN_NS,
@@ -52,7 +53,7 @@ MAP_SPARE_BYTES: Final = 4 << 30  # address range beyond segment_bytes: no commi
 OnDamage = Callable[[DamageError], None]
 _SPAN_CLASSES: Final = 65
 _GAPS: Final = b"gap:"
-_LASTING: Final = (b"stream:", b"total:", b"sealed:")  # what nobody is ever given to change
+_LASTING: Final = frozenset(("streams", "totals", "sealed"))  # nobody is given them to change
 _BEHIND_GAPS: Final = b"gap;"  # the next byte after the colon
 _STREAM: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
@@ -121,7 +122,7 @@ class Known:
     That is most of them, however often a state is read: with a commit, a few change.
     """
 
-    decoded: dict[bytes, tuple[bytes, Part]] = field(default_factory=dict)
+    decoded: dict[bytes, tuple[bytes, Part | None]] = field(default_factory=dict)
     state: State | None = None
 
 
@@ -189,11 +190,10 @@ class Segment:
         known: what was read of it before; it is brought up to date.
         """
         before = known or Known()
-        decoded: dict[bytes, tuple[bytes, Part]] = {}
+        decoded: dict[bytes, tuple[bytes, Part | None]] = {}
         with self.environment.read() as txn:
             _, store_id, number, created_ns = _identity(self.environment, txn)
             state = State(store_id, number, created_ns, txn.id())
-            what = f"{self.environment.path}: meta record "
             with txn.cursor(self.environment.meta) as cursor:
                 more = cursor.first()
                 while more:
@@ -204,11 +204,10 @@ class Segment:
                     value = bytes(cursor.value())
                     found = before.decoded.get(key)
                     if found is None or found[0] != value:
-                        part = meta_part(key, codec.unpacked(value, what + repr(key)))
-                        found = None if part is None else (value, part)
-                    if found is not None:
-                        found[1].put(state)
-                        if key.startswith(_LASTING):
+                        found = value, self._part(key, value)
+                    if part := found[1]:
+                        put_part(state, part)
+                        if part[0] in _LASTING:
                             decoded[key] = found
                     more = cursor.next()
         if before.state is not None:
@@ -225,6 +224,12 @@ class Segment:
         if known is not None:
             known.decoded, known.state = decoded, state
         return state
+
+    def _part(self, key: bytes, value: bytes) -> Part | None:
+        try:
+            return meta_part(key, codec.unpacked(value, "its content"))
+        except DamageError as error:
+            raise DamageError(f"{self.environment.path}: meta record {key!r}: {error}") from error
 
     def gaps(self) -> dict[int, Gap]:
         """The gaps recorded as of the last commit."""

@@ -7,9 +7,9 @@ writing session, settings, pins and gaps. docs/format.md, section 9, has the byt
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from kvstore.gaps import Gap
 from kvstore.schema import Field, Schema
@@ -20,6 +20,9 @@ FORMATS: Final = (1, 2)  # that are read
 GONE: Final = object()  # in place of a meta record: delete it
 _STREAM: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
+
+
+Part: TypeAlias = tuple[str, Any, Any]
 
 
 class Totals(NamedTuple):
@@ -140,10 +143,23 @@ class State:
         """A stream's totals over the whole store."""
         held = self._sealed_totals.get(stream_id)
         if held is None:
-            each = (sealed.totals.get(stream_id) for sealed in self.sealed.values())
-            held = Totals.summed([totals for totals in each if totals])
+            held = Totals.summed(
+                [
+                    totals
+                    for sealed in self.sealed.values()
+                    if (totals := sealed.totals.get(stream_id))
+                ]
+            )
             self._sealed_totals[stream_id] = held
         return held.plus(self.totals.get(stream_id, Totals()))
+
+    def per_segment(self, stream_id: int) -> Iterator[tuple[int, Totals]]:
+        """Number and totals of each segment that holds rows of a stream, the active one last."""
+        for number, sealed in self.sealed.items():
+            if (totals := sealed.totals.get(stream_id)) and totals.rows:
+                yield number, totals
+        if (totals := self.totals.get(stream_id)) and totals.rows:
+            yield self.number, totals
 
     def next_sequence(self, stream_id: int) -> int:
         """The number of a stream's next batch, which the active segment always carries."""
@@ -208,62 +224,59 @@ def mark_key(name: str) -> bytes:
     return b"mark:" + name.encode()
 
 
-class Part(NamedTuple):
-    """What a meta record says: the value of an attribute of State, or of one key in it."""
+def _stream_part(rest: bytes, record: Any) -> Part:
+    name, time, versions, fields = record
+    schema = Schema.of(tuple(Field.from_record(each) for each in fields), time)
+    return "streams", name, StreamInfo(_STREAM.unpack(rest)[0], name, schema, tuple(versions))
 
-    attribute: str
-    value: Any
-    key: Any = None
 
-    def put(self, state: State) -> None:
-        """Set it there."""
-        if self.key is None:
-            setattr(state, self.attribute, self.value)
-        else:
-            getattr(state, self.attribute)[self.key] = self.value
+def _sealed_part(_: bytes, record: Any) -> Part:
+    record[3] = {stream_id: Totals(*each) for stream_id, each in record[3].items()}
+    return "sealed", record[0], Sealed(*record)
+
+
+def _dropped_part(rest: bytes, record: Any) -> Part:
+    totals, *others = record
+    return "dropped", _STREAM.unpack(rest)[0], Dropped(Totals(*totals), *others)
+
+
+# By the first part of a record's key, what follows it there and the record itself.
+_PARTS: Final[dict[bytes, Callable[[bytes, Any], Part]]] = {
+    b"identity": lambda _, record: ("version", None, record[0]),
+    b"commit": lambda _, record: ("last_commit_ns", None, record),
+    b"clock": lambda _, record: ("clock_ns", None, record),
+    b"session": lambda _, record: ("session", None, Session(*record)),
+    b"settings": lambda _, record: ("settings", None, Settings.from_record(record)),
+    b"stream": _stream_part,
+    b"total": lambda rest, record: ("totals", _STREAM.unpack(rest)[0], Totals(*record)),
+    b"mark": lambda rest, record: ("marks", rest.decode(), record),
+    b"sealed": _sealed_part,
+    b"dropped": _dropped_part,
+    b"pin": lambda rest, record: ("pins", _U64.unpack(rest)[0], Pin(*record)),
+    b"gap": lambda rest, record: ("gaps", _U64.unpack(rest)[0], Gap(*record)),
+}
 
 
 def meta_part(key: bytes, record: Any) -> Part | None:
-    """What a record of the meta table says; None for a kind that this kvstore does not know."""
+    """What a record of the meta table says: attribute of State, key in it, value.
+
+    The key is None where the attribute is the value. None for a kind that is not known here.
+    """
     kind, _, rest = key.partition(b":")
-    if kind == b"sealed":
-        number, file_bytes, last_commit_ns, totals, *clock = record
-        per_stream = {stream_id: Totals(*each) for stream_id, each in totals.items()}
-        return Part("sealed", Sealed(number, file_bytes, last_commit_ns, per_stream, *clock), number)
-    if kind == b"total":
-        return Part("totals", Totals(*record), _STREAM.unpack(rest)[0])
-    if kind == b"stream":
-        name, time, versions, fields = record
-        schema = Schema.of(tuple(Field.from_record(each) for each in fields), time)
-        info = StreamInfo(_STREAM.unpack(rest)[0], name, schema, tuple(versions))
-        return Part("streams", info, name)
-    if kind == b"mark":
-        return Part("marks", record, rest.decode())
-    if kind == b"identity":
-        return Part("version", record[0])
-    if kind == b"commit":
-        return Part("last_commit_ns", record)
-    return _operations_part(kind, rest, record)
-
-
-def _operations_part(kind: bytes, rest: bytes, record: Any) -> Part | None:
-    if kind == b"dropped":
-        totals, *others = record
-        return Part("dropped", Dropped(Totals(*totals), *others), _STREAM.unpack(rest)[0])
-    if kind == b"clock":
-        return Part("clock_ns", record)
-    if kind == b"session":
-        return Part("session", Session(*record))
-    if kind == b"settings":
-        return Part("settings", Settings.from_record(record))
-    if kind == b"pin":
-        return Part("pins", Pin(*record), _U64.unpack(rest)[0])
-    if kind == b"gap":
-        return Part("gaps", Gap(*record), _U64.unpack(rest)[0])
-    return None
+    read = _PARTS.get(kind)
+    return read(rest, record) if read else None
 
 
 def read_meta_record(state: State, key: bytes, record: Any) -> None:
     """Put one record of the meta table into the state."""
     if part := meta_part(key, record):
-        part.put(state)
+        put_part(state, part)
+
+
+def put_part(state: State, part: Part) -> None:
+    """Put what a record says into the state."""
+    attribute, key, value = part
+    if key is None:
+        setattr(state, attribute, value)
+    else:
+        getattr(state, attribute)[key] = value
