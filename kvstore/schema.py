@@ -149,7 +149,8 @@ class Field:
 
 # One object for all that are equal: a thousand streams may well have the same fields. Without
 # fills only: of those, 0.0 and -0.0 would be taken for the same.
-_SHARED_MAX: Final = 1024  # fields, and as many schemas: with the longest descriptions 8 MB
+_SHARED_MAX: Final = 1024  # fields: with the longest descriptions 8 MB
+_SHARED_SCHEMAS_MAX: Final = 128  # of 1,000 fields, 25 MB
 _shared_field = lru_cache(_SHARED_MAX, typed=True)(Field)
 
 
@@ -338,7 +339,7 @@ class Schema:
         return columns
 
 
-_shared_schema = lru_cache(_SHARED_MAX)(Schema)
+_shared_schema = lru_cache(_SHARED_SCHEMAS_MAX)(Schema)
 
 
 def _guess_time(names: Sequence[str]) -> str:

@@ -23,6 +23,7 @@ _U64: Final = struct.Struct(">Q")
 
 
 Part: TypeAlias = tuple[str, Any, Any]
+"""Of a state: an attribute, the key in it or None, the value there."""
 
 
 class Totals(NamedTuple):
