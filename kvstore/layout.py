@@ -60,14 +60,18 @@ class Layout:
         return sorted(int(name[:-4]) for name in names if _SEGMENT_NAME.fullmatch(name))
 
     def active(self) -> int:
-        """Number of the active segment."""
-        numbers = self.numbers()
-        if not numbers:
-            raise StoreFormatError(
-                f"{self.segments}: no segment there, expected at least one: restore the store "
-                "from a backup"
-            )
-        return numbers[-1]
+        """Number of the active segment: the highest, looked for from the end, as it is there."""
+        with translated(self.segments):
+            names = os.listdir(self.segments)
+        names.sort()
+        names.sort(key=len)  # numbers beyond eight digits come last
+        for name in reversed(names):
+            if _SEGMENT_NAME.fullmatch(name):
+                return int(name[:-4])
+        raise StoreFormatError(
+            f"{self.segments}: no segment there, expected at least one: restore the store "
+            "from a backup"
+        )
 
     def is_active(self, number: int) -> bool:
         """Whether what was the active segment still is; cheap while a writer keeps it open.

@@ -111,14 +111,18 @@ class Scan(NamedTuple):
 
         A segment is opened only when its first batch may be next, closed after its last.
         """
-        end = self.state.stream_totals(self.info.stream_id).next_sequence
-        heap: list[Any] = [
-            (first, number, None, self._of_segment(number, totals, end))
-            for first, number, totals in self._candidates()
-        ]
-        heapq.heapify(heap)
+        end = self.state.next_sequence(self.info.stream_id)
+        candidates = self._candidates()
+        coming = next(candidates, None)
+        heap: list[Any] = []
         try:
-            while heap:
+            while heap or coming:
+                while coming and (not heap or coming[0] <= heap[0][0]):
+                    first, number, totals = coming
+                    heapq.heappush(
+                        heap, (first, number, None, self._of_segment(number, totals, end))
+                    )
+                    coming = next(candidates, None)
                 _, number, found, rest = heap[0]
                 if found is not None:
                     yield found
@@ -132,13 +136,18 @@ class Scan(NamedTuple):
                 rest.close()
 
     def _candidates(self) -> Iterator[tuple[bytes, int, Totals]]:
-        stream_id, dtype = self.info.stream_id, self.info.schema.time_dtype
-        held = [(number, sealed.totals) for number, sealed in self.state.sealed.items()]
-        for number, per_stream in [*held, (self.state.number, self.state.totals)]:
-            totals = per_stream.get(stream_id, Totals())
-            if totals.rows and self.range.overlaps(totals.first, totals.last):
-                first = typed_time(totals.first, dtype)
-                yield encode_key(time_to_ns(first, dtype), 0), number, totals
+        """The segments that may have such entries, by their first time; no key comes before it.
+
+        Each one's key is made only once it is its turn: there may be thousands.
+        """
+        dtype = self.info.schema.time_dtype
+        found = [
+            (totals.first, number, totals)
+            for number, totals in self.state.per_segment(self.info.stream_id)
+            if self.range.overlaps(totals.first, totals.last)
+        ]
+        for first, number, totals in sorted(found):
+            yield encode_key(time_to_ns(first, dtype), 0), number, totals
 
     def _of_segment(self, number: int, totals: Totals, end: int) -> Iterator[tuple[Segment, Entry]]:
         """One segment's entries; what is wrong with the segment as a whole goes to on_damage."""
@@ -239,12 +248,19 @@ def _fetch(
     scan: Scan, segment: Segment, entry: Entry, numbers: Sequence[int], *, verify: bool
 ) -> list[Array] | None:
     """The columns of one batch, cut at the range's ends; None where no row is inside."""
-    inside = slice(None)
-    if not scan.range.covers(entry.first, entry.last):
-        inside = scan.range.rows(scan.times(segment, entry, verify=verify))
-        if inside.start == inside.stop:
-            return None
-    return filled(scan.info.schema, segment, entry, numbers, part=inside, verify=verify)
+    schema = scan.info.schema
+    if scan.range.covers(entry.first, entry.last):
+        return filled(schema, segment, entry, numbers, verify=verify)
+    times = scan.times(segment, entry, verify=verify)
+    inside = scan.range.rows(times)
+    if inside.start == inside.stop:
+        return None
+    time = schema.number(schema.time)
+    others = [number for number in numbers if number != time]
+    columns = iter(filled(schema, segment, entry, others, part=inside, verify=verify))
+    # Times asked for twice (ordered=True) are two arrays, as of whole batches: cut and copied,
+    # so that a few rows do not hold the memory of all.
+    return [times[inside].copy() if number == time else next(columns) for number in numbers]
 
 
 def filled(

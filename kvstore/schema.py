@@ -12,9 +12,11 @@ the caller's: who keeps them must copy.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import numpy as np
@@ -98,7 +100,7 @@ class Field:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row, uncompressed; text counts its references."""
-        return self.np_dtype.itemsize * int(np.prod(self.shape, dtype=object))
+        return self.np_dtype.itemsize * math.prod(self.shape)
 
     def filled(self, rows: int) -> Array:
         """Rows of the fill value; NoFillError where none would be honest."""
@@ -136,13 +138,20 @@ class Field:
         """The inverse of to_record."""
         name, dtype, shape, unit, description, *fill = record
         if not fill:
-            return cls(name, dtype, tuple(shape), unit, description)
+            return _shared_field(name, dtype, tuple(shape), unit, description)
         value = fill[0]
         if dtype != "text" and np.dtype(dtype).kind in "mM":
             value = np.array(value, "i8").view(dtype)[()]
         elif isinstance(value, list):
             value = complex(*value)
         return cls(name, dtype, tuple(shape), unit, description, value)
+
+
+# One object for all that are equal: a thousand streams may well have the same fields. Without
+# fills only: of those, 0.0 and -0.0 would be taken for the same.
+_SHARED_MAX: Final = 1024  # fields: with the longest descriptions 8 MB
+_SHARED_SCHEMAS_MAX: Final = 128  # of 1,000 fields, 25 MB
+_shared_field = lru_cache(_SHARED_MAX, typed=True)(Field)
 
 
 def check_name(name: str, what: str) -> None:
@@ -264,6 +273,13 @@ class Schema:
         return self if count == len(self.fields) else Schema(self.fields[:count], self.time)
 
     @classmethod
+    def of(cls, fields: tuple[Field, ...], time: str) -> Schema:
+        """A schema that may be shared with other streams: one object for all that are equal."""
+        if any(field.fill is not _NO_FILL for field in fields):
+            return cls(fields, time)
+        return _shared_schema(fields, time)
+
+    @classmethod
     def infer(cls, batch: BatchLike, time: str = "") -> Schema:
         """The schema that a batch of arrays shows; ``time`` names its time field."""
         time = time or _guess_time(tuple(batch))
@@ -321,6 +337,9 @@ class Schema:
             columns.append(column)
         check_times(times, times.dtype)
         return columns
+
+
+_shared_schema = lru_cache(_SHARED_SCHEMAS_MAX)(Schema)
 
 
 def _guess_time(names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -30,10 +31,12 @@ from kvstore.state import (
     FORMATS,
     GONE,
     Dropped,
+    Part,
     State,
     Totals,
+    meta_part,
     meta_records,
-    read_meta_record,
+    put_part,
 )
 from kvstore.timestamps import (
     MIN_NS,
@@ -50,6 +53,7 @@ MAP_SPARE_BYTES: Final = 4 << 30  # address range beyond segment_bytes: no commi
 OnDamage = Callable[[DamageError], None]
 _SPAN_CLASSES: Final = 65
 _GAPS: Final = b"gap:"
+_LASTING: Final = frozenset(("streams", "totals", "sealed"))  # nobody is given them to change
 _BEHIND_GAPS: Final = b"gap;"  # the next byte after the colon
 _STREAM: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
@@ -111,6 +115,17 @@ class Entry(NamedTuple):
         return sum(block[1] for block in self.blocks)
 
 
+@dataclass(slots=True)
+class Known:
+    """What a handle has read of the meta table: a record is decoded once, until its bytes change.
+
+    That is most of them, however often a state is read: with a commit, a few change.
+    """
+
+    decoded: dict[bytes, tuple[bytes, Part | None]] = field(default_factory=dict)
+    state: State | None = None
+
+
 class Segment:
     """One segment, open for reading or writing."""
 
@@ -169,8 +184,13 @@ class Segment:
                 f"{store_id.hex()}: move it away, put this store's own segment in its place"
             )
 
-    def state(self, *, gaps: bool = False) -> State:
-        """The meta table as of the last commit; its gaps, which may be many, on request."""
+    def state(self, *, gaps: bool = False, known: Known | None = None) -> State:
+        """The meta table as of the last commit; its gaps, which may be many, on request.
+
+        known: what was read of it before; it is brought up to date.
+        """
+        before = known or Known()
+        decoded: dict[bytes, tuple[bytes, Part | None]] = {}
         with self.environment.read() as txn:
             _, store_id, number, created_ns = _identity(self.environment, txn)
             state = State(store_id, number, created_ns, txn.id())
@@ -181,18 +201,35 @@ class Segment:
                     if not gaps and key.startswith(_GAPS):
                         more = cursor.set_range(_BEHIND_GAPS)
                         continue
-                    what = f"{self.environment.path}: meta record {key!r}"
-                    read_meta_record(state, key, codec.unpacked(cursor.value(), what))
+                    value = bytes(cursor.value())
+                    found = before.decoded.get(key)
+                    if found is None or found[0] != value:
+                        found = value, self._part(key, value)
+                    if part := found[1]:
+                        put_part(state, part)
+                        if part[0] in _LASTING:
+                            decoded[key] = found
                     more = cursor.next()
+        if before.state is not None:
+            state.go_on_from(before.state)
         for info in state.streams.values():
             totals = state.stream_totals(info.stream_id)
             batches = totals.batches + state.dropped.get(info.stream_id, Dropped()).totals.batches
-            if batches != totals.next_sequence:  # each batch was given the next one
+            expected = state.next_sequence(info.stream_id)  # each batch was given the next one
+            if batches != expected:
                 raise DamageError(
                     f"{self.environment.path}: the meta table knows {batches} batches of "
-                    f"stream {info.name!r}, expected {totals.next_sequence}: records are missing"
+                    f"stream {info.name!r}, expected {expected}: records are missing"
                 )
+        if known is not None:
+            known.decoded, known.state = decoded, state
         return state
+
+    def _part(self, key: bytes, value: bytes) -> Part | None:
+        try:
+            return meta_part(key, codec.unpacked(value, "its content"))
+        except DamageError as error:
+            raise DamageError(f"{self.environment.path}: meta record {key!r}: {error}") from error
 
     def gaps(self) -> dict[int, Gap]:
         """The gaps recorded as of the last commit."""

@@ -7,8 +7,9 @@ writing session, settings, pins and gaps. docs/format.md, section 9, has the byt
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from kvstore.gaps import Gap
 from kvstore.schema import Field, Schema
@@ -19,6 +20,10 @@ FORMATS: Final = (1, 2)  # that are read
 GONE: Final = object()  # in place of a meta record: delete it
 _STREAM: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
+
+
+Part: TypeAlias = tuple[str, Any, Any]
+"""Of a state: an attribute, the key in it or None, the value there."""
 
 
 class Totals(NamedTuple):
@@ -44,6 +49,24 @@ class Totals(NamedTuple):
             other.first if self.first is None else min(self.first, other.first),
             other.last if self.last is None else max(self.last, other.last),
             max(self.next_sequence, other.next_sequence),
+        )
+
+    @classmethod
+    def summed(cls, parts: Sequence[Totals]) -> Totals:
+        """All together, as ``plus`` does it one by one."""
+        next_sequence = max((part.next_sequence for part in parts), default=0)
+        held = [part for part in parts if part.rows]
+        if not held:
+            return cls(next_sequence=next_sequence)
+        rows, batches, raw_bytes, stored_bytes, firsts, lasts, _ = zip(*held, strict=True)
+        return cls(
+            sum(rows),
+            sum(batches),
+            sum(raw_bytes),
+            sum(stored_bytes),
+            min(firsts),
+            max(lasts),
+            next_sequence,
         )
 
 
@@ -112,13 +135,41 @@ class State:
     pins: dict[int, Pin] = field(default_factory=dict)
     gaps: dict[int, Gap] = field(default_factory=dict)
     version: int = FORMAT
+    # Of each stream that was asked for, over all sealed segments; these are never changed in place.
+    _sealed_totals: dict[int, Totals] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def stream_totals(self, stream_id: int) -> Totals:
         """A stream's totals over the whole store."""
-        total = Totals()
-        for summary in self.sealed.values():
-            total = total.plus(summary.totals.get(stream_id, Totals()))
-        return total.plus(self.totals.get(stream_id, Totals()))
+        held = self._sealed_totals.get(stream_id)
+        if held is None:
+            held = Totals.summed(
+                [
+                    totals
+                    for sealed in self.sealed.values()
+                    if (totals := sealed.totals.get(stream_id))
+                ]
+            )
+            self._sealed_totals[stream_id] = held
+        return held.plus(self.totals.get(stream_id, Totals()))
+
+    def per_segment(self, stream_id: int) -> Iterator[tuple[int, Totals]]:
+        """Number and totals of each segment that holds rows of a stream, the active one last."""
+        for number, sealed in self.sealed.items():
+            if (totals := sealed.totals.get(stream_id)) and totals.rows:
+                yield number, totals
+        if (totals := self.totals.get(stream_id)) and totals.rows:
+            yield self.number, totals
+
+    def next_sequence(self, stream_id: int) -> int:
+        """The number of a stream's next batch, which the active segment always carries."""
+        return self.totals.get(stream_id, Totals()).next_sequence
+
+    def go_on_from(self, earlier: State) -> None:
+        """Take over what was summed up there, if it still holds."""
+        if self.sealed == earlier.sealed:
+            self._sealed_totals = earlier._sealed_totals
 
 
 def meta_records(state: State) -> dict[bytes, Any]:
@@ -174,41 +225,59 @@ def mark_key(name: str) -> bytes:
     return b"mark:" + name.encode()
 
 
+def _stream_part(rest: bytes, record: Any) -> Part:
+    name, time, versions, fields = record
+    schema = Schema.of(tuple(Field.from_record(each) for each in fields), time)
+    return "streams", name, StreamInfo(_STREAM.unpack(rest)[0], name, schema, tuple(versions))
+
+
+def _sealed_part(_: bytes, record: Any) -> Part:
+    record[3] = {stream_id: Totals(*each) for stream_id, each in record[3].items()}
+    return "sealed", record[0], Sealed(*record)
+
+
+def _dropped_part(rest: bytes, record: Any) -> Part:
+    totals, *others = record
+    return "dropped", _STREAM.unpack(rest)[0], Dropped(Totals(*totals), *others)
+
+
+# By the first part of a record's key, what follows it there and the record itself.
+_PARTS: Final[dict[bytes, Callable[[bytes, Any], Part]]] = {
+    b"identity": lambda _, record: ("version", None, record[0]),
+    b"commit": lambda _, record: ("last_commit_ns", None, record),
+    b"clock": lambda _, record: ("clock_ns", None, record),
+    b"session": lambda _, record: ("session", None, Session(*record)),
+    b"settings": lambda _, record: ("settings", None, Settings.from_record(record)),
+    b"stream": _stream_part,
+    b"total": lambda rest, record: ("totals", _STREAM.unpack(rest)[0], Totals(*record)),
+    b"mark": lambda rest, record: ("marks", rest.decode(), record),
+    b"sealed": _sealed_part,
+    b"dropped": _dropped_part,
+    b"pin": lambda rest, record: ("pins", _U64.unpack(rest)[0], Pin(*record)),
+    b"gap": lambda rest, record: ("gaps", _U64.unpack(rest)[0], Gap(*record)),
+}
+
+
+def meta_part(key: bytes, record: Any) -> Part | None:
+    """What a record of the meta table says: attribute of State, key in it, value.
+
+    The key is None where the attribute is the value. None for a kind that is not known here.
+    """
+    kind, _, rest = key.partition(b":")
+    read = _PARTS.get(kind)
+    return read(rest, record) if read else None
+
+
 def read_meta_record(state: State, key: bytes, record: Any) -> None:
     """Put one record of the meta table into the state."""
-    kind, _, rest = key.partition(b":")
-    if kind == b"identity":
-        state.version = record[0]
-    elif kind == b"commit":
-        state.last_commit_ns = record
-    elif kind == b"stream":
-        name, time, versions, fields = record
-        schema = Schema(tuple(Field.from_record(each) for each in fields), time)
-        stream_id = _STREAM.unpack(rest)[0]
-        state.streams[name] = StreamInfo(stream_id, name, schema, tuple(versions))
-    elif kind == b"total":
-        state.totals[_STREAM.unpack(rest)[0]] = Totals(*record)
-    elif kind == b"mark":
-        state.marks[rest.decode()] = record
-    elif kind == b"sealed":
-        number, file_bytes, last_commit_ns, totals, *clock = record
-        per_stream = {stream_id: Totals(*each) for stream_id, each in totals.items()}
-        state.sealed[number] = Sealed(number, file_bytes, last_commit_ns, per_stream, *clock)
+    if part := meta_part(key, record):
+        put_part(state, part)
+
+
+def put_part(state: State, part: Part) -> None:
+    """Put what a record says into the state."""
+    attribute, key, value = part
+    if key is None:
+        setattr(state, attribute, value)
     else:
-        _read_operations(state, kind, rest, record)
-
-
-def _read_operations(state: State, kind: bytes, rest: bytes, record: Any) -> None:
-    if kind == b"dropped":
-        totals, *others = record
-        state.dropped[_STREAM.unpack(rest)[0]] = Dropped(Totals(*totals), *others)
-    elif kind == b"clock":
-        state.clock_ns = record
-    elif kind == b"session":
-        state.session = Session(*record)
-    elif kind == b"settings":
-        state.settings = Settings.from_record(record)
-    elif kind == b"pin":
-        state.pins[_U64.unpack(rest)[0]] = Pin(*record)
-    elif kind == b"gap":
-        state.gaps[_U64.unpack(rest)[0]] = Gap(*record)
+        getattr(state, attribute)[key] = value

@@ -27,7 +27,7 @@ from kvstore.errors import (
 from kvstore.gaps import Gap
 from kvstore.layout import Layout
 from kvstore.schema import Schema
-from kvstore.segment import Segment
+from kvstore.segment import Known, Segment
 from kvstore.settings import Pin, Settings
 from kvstore.state import State, StreamInfo
 from kvstore.stream import Stream
@@ -141,6 +141,7 @@ class Store:
         self._shut = weakref.finalize(self, _shut, writer, self._segments)
         self._active = self._keep(self._open_active(layout.active()))
         self._state: State | None = None
+        self._known = Known()
 
     @property
     def path(self) -> str:
@@ -319,7 +320,7 @@ class Store:
             self._go_on_if_sealed()
             commit = self._active.environment.last_commit()
             if self._state is None or commit != self._state.commit:
-                self._state = self._active.state()
+                self._state = self._active.state(known=self._known)
                 there = {*self._state.sealed, self._state.number}
                 self._handles.close(self._segments.keys() - there)
             return self._state

@@ -197,8 +197,7 @@ class Stream(Exchange):
 
         def is_dropped(number: int) -> bool:
             if found := self._store.is_dropped(number):
-                held = {n: sealed.totals for n, sealed in scan.state.sealed.items()}
-                totals = held.get(number, scan.state.totals)[scan.info.stream_id]
+                totals = dict(scan.state.per_segment(scan.info.stream_id))[number]
                 rows = reading.rows_text(scan.info.schema, totals)
                 scan.on_damage(
                     DamageError(

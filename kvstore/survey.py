@@ -8,7 +8,7 @@ bins, however long the range. Reads only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import pairwise, takewhile
 from typing import Any, Final, NamedTuple
@@ -210,7 +210,7 @@ def rough_rates(stream: Stream, bins: int, *, is_late: Callable[[], bool] = lamb
     if span is None or not span.length_s:
         return np.zeros(0)
     rows = np.zeros(bins)
-    for number, totals in _per_segment(scan):
+    for number, totals in scan.state.per_segment(scan.info.stream_id):
         found = None
         if totals.batches > 1 and len(_bins_between(scan, span, totals)) > 1 and not is_late():
             # If it is damaged, or was just dropped: a glance goes by its summary, too.
@@ -218,14 +218,6 @@ def rough_rates(stream: Stream, bins: int, *, is_late: Callable[[], bool] = lamb
                 found = _by_index(scan, span, number, totals, is_late)
         rows += _spread(scan, span, [totals]) if found is None else found
     return rows / (span.length_s / bins)
-
-
-def _per_segment(scan: Scan) -> Iterator[tuple[int, Totals]]:
-    held = {number: sealed.totals for number, sealed in scan.state.sealed.items()}
-    for number, totals in {**held, scan.state.number: scan.state.totals}.items():
-        found = totals.get(scan.info.stream_id, Totals())
-        if found.rows:
-            yield number, found
 
 
 def _by_index(

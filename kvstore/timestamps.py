@@ -117,7 +117,10 @@ def plain_time(value: Any) -> float | int:
 
 def typed_time(plain: float, dtype: np.dtype[Any]) -> np.generic:
     """The inverse of plain_time: a scalar of the stream's time dtype."""
-    return np.array([plain]).astype(dtype)[0]  # type: ignore[no-any-return]
+    if dtype == _FLOAT64:
+        return np.float64(plain)
+    typed: np.generic = np.int64(plain).view(dtype)
+    return typed
 
 
 def check_times(times: npt.NDArray[Any], dtype: np.dtype[Any]) -> None:
