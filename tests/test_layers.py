@@ -229,8 +229,8 @@ def test_each_breach_is_found(path, source, offence):
         {"check": "import kvstore.ingest", "ingest": "def f():\n    from kvstore import check"},
         {"cli/read": "from kvstore.cli import main"},
         {
-            "schema": "from .codec import a",
-            "codec": "from . import libc",
+            "schema": "from .metapage import a",
+            "metapage": "from . import libc",
             "libc": "from . import schema",
         },
     ],

@@ -33,6 +33,7 @@ def write(path: Path, batches: Iterable[Batch]) -> None:
 
 
 def read(path: Path, start: float, stop: float, fields: Sequence[str]) -> Iterator[Batch]:
-    """Read by the API, checksums on."""
+    """Read by the API, checksums on, as a program that reads much: see keep_freed_memory."""
+    kvstore.keep_freed_memory()
     with kvstore.open(path) as store:
         yield from store[_STREAM].read(start, stop, fields=list(fields))
