@@ -108,6 +108,7 @@ def test_the_whole_comparison_runs(in_process, tmp_path, capsys):
     path = tmp_path / "found.json"
     assert cli.main(["compare", "--tiny", "--dir", str(in_process), "--json", str(path)]) == 0
     assert list(in_process.iterdir()) == []
+    assert "<svg" in path.with_suffix(".svg").read_text()
     found = json.loads(path.read_text())
     assert list(found["profiles"]) == ["uniform", "counts"]
     shown = capsys.readouterr().out

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import process
-from bench.compare import packets, table
+from bench.compare import packets, picture, table
 from bench.compare.child import DONE, READY
 from bench.compare.peer import ALL, LIMIT, OURS, PEERS, files, missing, peer, size_bytes, versions
 from bench.compare.table import Row
@@ -64,7 +64,9 @@ def main(arguments: Sequence[str]) -> int:
     }
     stamp = f"compare-{started:%Y-%m-%dT%H%M}-{host.slug()}.json"
     if options.json or not options.tiny:
-        _save(record, options.json or process.ROOT / "bench" / "results" / stamp)
+        path = options.json or process.ROOT / "bench" / "results" / stamp
+        _save(record, path)
+        picture.draw(found, path.with_suffix(".svg"))
     return int(any(row.failed for rows in found.values() for row in rows))
 
 
