@@ -46,7 +46,8 @@ def _panel(axes: Axes, profile: str, rows: Sequence[Row]) -> None:
         for x, ratio in enumerate(line):
             if ratio is not None:
                 colour = "white" if abs(_log(ratio)) > _PALE * _LOG_MAX else "black"
-                axes.text(x, y, f"{ratio:.2g}x", ha="center", va="center", color=colour, fontsize=8)
+                text = f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2g}x"
+                axes.text(x, y, text, ha="center", va="center", color=colour, fontsize=8)
     axes.set_title(f"{profile}: 1 is alike, blue is better, red is worse", fontsize=10)
     names = [_UNIT.sub("", column.heading).replace("MB", "memory") for column in COLUMNS]
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
