@@ -51,10 +51,10 @@ PROBE_BYTES: Final = 1 << 14  # of each probed piece: enough for LZ4's window to
 PROBE_PIECES: Final = 3  # start, middle, end: a batch may be half empty
 RAW_RATIO: Final = 1.03  # a saving below 3 % is not worth decompressing for
 POPULATE_BYTES_MIN: Final = 256 << 10  # smaller arrays come from malloc's own stock
+POPULATE_BYTES_MAX: Final = 64 << 20  # of more, only what is really written takes memory
 SMALL_BYTES: Final = 64  # Blosc's own header and bookkeeping take 16 of them
 _NARROWED: Final = "iumM"  # kinds of numpy: integers, durations, times
 _BLOSC_HEADER: Final = struct.Struct("<3xB3I")  # of a Blosc buffer: width, raw, block, stored bytes
-
 
 _of_thread = threading.local()
 
@@ -117,14 +117,14 @@ def decode(
         raise DamageError(
             f"index entry says codec {codec}, {raw_bytes} bytes for {rows} rows of {row_bytes}"
         )
+    if codec == RAW and len(data) != raw_bytes:
+        raise DamageError(f"block has {len(data)} bytes, expected {raw_bytes}")
     start, stop, _ = part.indices(rows)
     out = np.empty((max(stop - start, 0), *field.shape), field.np_dtype)
-    if out.nbytes >= POPULATE_BYTES_MIN:
+    if POPULATE_BYTES_MIN <= out.nbytes <= POPULATE_BYTES_MAX:
         libc.populate(out.ctypes.data, out.nbytes)
     if codec != RAW:
         _decode_frames(data, _words(out, field), start, rows)
-    elif len(data) != raw_bytes:
-        raise DamageError(f"block has {len(data)} bytes, expected {raw_bytes}")
     else:
         wanted = data[start * row_bytes : start * row_bytes + out.nbytes]
         np.copyto(out.reshape(-1).view(np.uint8), np.frombuffer(wanted, np.uint8))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import struct
 import time
 import tracemalloc
@@ -12,7 +14,7 @@ from golden import independent_reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore import DamageError, Field, codec
+from kvstore import DamageError, Field, codec, libc
 
 NUMBERS = ["?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", "c8", "c16"]
 NUMBERS += ["M8[s]", "M8[ns]", "m8[us]"]
@@ -228,6 +230,34 @@ def test_a_frame_that_does_not_shrink_among_others_is_kept_as_it_is():
     flags = [each[0] for each in round_trip(array)]
     assert flags[0] & 2
     assert not flags[-1] & 2
+
+
+def test_what_a_block_claims_takes_no_memory_before_it_is_there(monkeypatch):
+    asked = []
+    monkeypatch.setattr(codec.libc, "populate", lambda _, size: asked.append(size))
+    field = Field("v", "u1")
+    block = codec.encode(np.zeros(300_000, "u1"), field)
+    assert len(decoded(block, field, 300_000)) == 300_000
+    assert asked == [300_000]
+    rows = codec.POPULATE_BYTES_MAX + 1
+    for kind in (codec.RAW, codec.FRAMES):
+        with pytest.raises(DamageError):
+            decoded(block._replace(codec=kind, raw_bytes=rows), field, rows)
+    assert asked == [300_000]
+
+
+def test_populate_backs_fresh_memory_and_changes_none():
+    with mmap.mmap(-1, 8 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as fresh:
+        memory = np.frombuffer(fresh, np.uint8)
+        libc.populate(memory.ctypes.data, memory.nbytes)
+        pages = (ctypes.c_ubyte * (memory.nbytes // mmap.PAGESIZE))()
+        address = ctypes.c_void_p(memory.ctypes.data)
+        assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(memory.nbytes), pages) == 0
+        del memory
+    assert all(page & 1 for page in pages)
+    there = np.resize(np.arange(251, dtype="u1"), 1 << 20)
+    libc.populate(there.ctypes.data, there.nbytes)
+    assert np.array_equal(there, np.resize(np.arange(251, dtype="u1"), 1 << 20))
 
 
 # Of 100 rows 0, 1, 2, …, 99 as int32, and 40 of a complex128, by the writer of version 1.
