@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import struct
-import time
 import tracemalloc
 
 import numpy as np
@@ -363,7 +362,7 @@ def test_of_frames_that_are_not_wanted_only_the_headers_are_read():
         decoded(block, Field("v", "i4"), 3 * ROWS, part=slice(ROWS - 1, ROWS))
 
 
-def test_hostile_frames_cost_neither_time_nor_memory():
+def test_hostile_frames_cost_neither_time_nor_memory(monkeypatch):
     """Zeros shrink to a 255th, narrowed ones to a 2000th; one frame each row took minutes."""
     count = 8 << 20
     field, data = Field("v", "i8"), frame(np.zeros(count, "i1"))
@@ -377,10 +376,9 @@ def test_hostile_frames_cost_neither_time_nor_memory():
         tracemalloc.stop()
     count = 1_000_000
     block = framed(*[frame(np.zeros(1, "i1"))] * count)._replace(raw_bytes=8 * count)
-    begun = time.monotonic()
+    monkeypatch.setattr(codec, "_decompress", lambda *_: pytest.fail("decompressed one of them"))
     with pytest.raises(DamageError, match="no frames"):
         decoded(block, field, count)
-    assert time.monotonic() - begun < 1
 
 
 def test_frames_of_a_field_without_values_are_refused():
