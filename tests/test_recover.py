@@ -130,7 +130,7 @@ def test_a_batch_without_record_is_a_hole_between_its_neighbours(path):
 def test_blocks_of_several_frames_that_no_page_points_to_are_found(broken_path):
     """By the sizes that their frames tell; among others that take as many pages."""
     rng = np.random.default_rng(1)
-    batches = [rng.integers(0, 4, (70_000, 2)) << 8 * k for k in range(6)]
+    batches = [rng.integers(0, 4, (140_000, 2)) << 8 * k for k in range(6)]
     with kvstore.open(broken_path, "w", segment_bytes=1 << 30) as store:
         for number, v in enumerate(batches):
             store.stream("s").append({"time": np.full(len(v), float(number)), "v": v})

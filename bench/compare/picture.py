@@ -24,15 +24,19 @@ _PALE = 0.6  # of that: dark text is readable on it
 
 
 def draw(found: Mapping[str, Sequence[Row]], path: Path) -> bool:
-    """Draw all profiles into a file; False where there is no matplotlib."""
+    """Draw all profiles into a file; False where there is nothing to draw, or no matplotlib."""
+    measured = {name: [row for row in rows[2:] if row.values] for name, rows in found.items()}
+    measured = {name: rows for name, rows in measured.items() if rows}
+    if not measured:
+        return False
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError:
         return False
-    page = Figure(figsize=(11, 0.7 + 4.6 * len(found)), layout="constrained")
-    panels = page.subplots(len(found), 1, squeeze=False)[:, 0]
-    for axes, (profile, rows) in zip(panels, found.items(), strict=True):
-        _panel(axes, profile, [row for row in rows[2:] if row.values])
+    page = Figure(figsize=(11, 0.7 + 4.6 * len(measured)), layout="constrained")
+    panels = page.subplots(len(measured), 1, squeeze=False)[:, 0]
+    for axes, (profile, rows) in zip(panels, measured.items(), strict=True):
+        _panel(axes, profile, rows)
     page.suptitle("How many times better kvstore was than each peer, in the same run")
     page.savefig(path)
     return True
