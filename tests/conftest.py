@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import signal
 
 import pytest
 from hypothesis import settings
@@ -11,6 +12,9 @@ from powercut import checker, recorder
 from stores import SEED, check_store, scratch
 
 from kvstore import environment
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it for what runs behind &
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else our children ignore it, too
 
 settings.register_profile("alike", derandomize=True)
 if not SEED:

@@ -297,7 +297,7 @@ def test_a_dash_is_stdout_and_a_device_stays_a_device(store, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_unfinished_output_file_is_not_seen_and_not_left(tmp_path, number, code):
-    run("write", "big.kv", data=framed(particles(10_000)), cwd=tmp_path)
+    run("write", "big.kv", data=framed(particles(3000)), cwd=tmp_path)
     process = start("read", "big.kv", "-o", "out.jsonl", cwd=tmp_path)
     wait_for(
         lambda: any(file.stat().st_size for file in tmp_path.glob(".out.jsonl.*.tmp")),
