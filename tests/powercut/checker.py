@@ -37,6 +37,7 @@ Check = Callable[[Path, State], str]
 CHECK_S_MAX = 30  # longer is a hang: one state takes milliseconds
 WORKERS = 2  # the machine that CI runs on has two cores
 CHUNKS_PER_WORKER = 4
+SEEDS = 6
 ANSWER_BYTES_MAX = 16384
 FAILURES_SHOWN = 5
 
@@ -115,6 +116,16 @@ def check_log(
             total.failures += part.failures
     total.elapsed_s = time.perf_counter() - start
     return total
+
+
+def is_caught(
+    log_path: Path, check: Check, *, count: int, warm_up: Callable[[], object] = int
+) -> bool:
+    """Whether any state fails, of up to SEEDS times `count`: no recording is like another."""
+    return any(
+        check_log(log_path, check, count=count, seed=seed, warm_up=warm_up).failures
+        for seed in range(1, SEEDS + 1)
+    )
 
 
 def _check_share(log_path: Path, check: Check, points: Sequence[int], seed: int) -> Report:
