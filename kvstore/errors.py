@@ -11,7 +11,7 @@
     ├── GapError          batches that a follower should get next are no longer in the store
     ├── ListenError       a socket that cannot be listened on, or is in use
     ├── TelemetryError    the telemetry pipeline
-    │   ├── ContractError     a contract that cannot be read or that breaks (also a ValueError)
+    │   ├── ContractError     a contract that is wrong or breaks its past (also a ValueError)
     │   ├── SourceError       events that cannot be read: gone, recreated, past their retention
     │   └── SinkError         a sink that cannot be opened, changed or written
     │       ├── Fenced            somebody else has claimed the place; nothing was kept

@@ -179,7 +179,7 @@ class Count(NamedTuple):
     """One figure of quality, added up over commits, by device and hour.
 
     device_id: "" where it could not be made out. hour_us: begin of the hour of the event's own
-    time, of the ingest where it has none. name: see quality.py.
+    time, of the ingest where it has none. name: see counts.py.
     """
 
     device_id: str
@@ -194,6 +194,7 @@ class Work:
 
     claims: what each place was read from, and the epochs; after: what it is read up to, in the
     same order. commit_id: names the commit, so that one whose reply was lost can be looked for.
+    raw: the event that each reading was made of, for the dead letter of a conflict.
     seen: counts that are known before the sink decides on each reading (received, late, …).
     changes: dead letters whose state this commit changes (a replay; claims may then be empty).
     """
@@ -204,6 +205,7 @@ class Work:
     claims: tuple[Claim, ...]
     after: tuple[Position, ...]
     readings: Readings
+    raw: Sequence[bytes | None]
     rejections: Sequence[Rejection] = ()
     seen: Sequence[Count] = ()
     changes: Sequence[LetterChange] = ()
