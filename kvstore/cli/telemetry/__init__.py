@@ -1,0 +1,22 @@
+"""``kvstore telemetry``: events, exactly once. One module a command, one registration each.
+
+Nothing heavy is imported here or at the head of a command's module: what a command needs, it
+imports in its body, so that `kvstore --help` stays light.
+"""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(
+    name="telemetry",
+    help="Device events, exactly once, into an operational store and a lake.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def examples(*lines: str) -> str:
+    """The text below a command's help."""
+    return "\n".join(["\b", "Examples:", *(f"  kvstore telemetry {line}" for line in lines)])
