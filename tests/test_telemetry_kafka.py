@@ -56,9 +56,16 @@ class Notebook:
         return sum(map(len, self.events.values()))
 
 
+class Alone(KafkaSource):
+    """Takes all partitions at once, without a group: for that one waits a second and more."""
+
+    def _join(self):
+        self._take(list(range(self._topic.partitions)))
+
+
 @contextlib.contextmanager
-def reading(kafka, topic, notebook, **options):
-    source = KafkaSource(
+def reading(kafka, topic, notebook, *, kind=Alone, **options):
+    source = kind(
         parse_address(kafka.url(topic)),
         group=options.pop("group", "g-" + topic),
         options={**kafka.member, **options.pop("options", {})},
@@ -146,6 +153,19 @@ def test_a_poll_without_events_ends_empty(kafka):
     notebook = Notebook()
     with reading(kafka, topic, notebook) as source:
         assert source.poll(**LIMITS) == []
+
+
+def test_a_group_hands_over_its_partitions_and_leaves_without_a_word(kafka):
+    """Whoever closes has committed, or must not: an error may be on its way."""
+    topic = kafka.create(partitions=3)
+    for partition in range(3):
+        kafka.produce(topic, numbered(10, of=partition), partition=partition)
+    notebook = Notebook()
+    read(kafka, topic, notebook, 30, kind=KafkaSource)
+    assert [notebook.payloads(partition) for partition in range(3)] == [
+        numbered(10, of=partition) for partition in range(3)
+    ]
+    assert notebook.revoked == []
 
 
 # ---- where reading begins ----
@@ -342,16 +362,7 @@ def test_an_error_of_the_sink_ends_the_poll(kafka):
 
     notebook.assigned = assigned
     with pytest.raises(SourceError, match="the sink is gone"):
-        read(kafka, topic, notebook, 1)
-
-
-def test_closing_tells_of_no_partition(kafka):
-    """Whoever closes has committed, or must not: an error may be on its way."""
-    topic = kafka.create()
-    kafka.produce(topic, numbered(1), partition=0)
-    notebook = Notebook()
-    read(kafka, topic, notebook, 1)
-    assert notebook.revoked == []
+        read(kafka, topic, notebook, 1, kind=KafkaSource)
 
 
 # ---- addresses and options ----

@@ -120,12 +120,7 @@ class KafkaSource:
         self._on_assigned, self._on_revoked = on_assigned, on_revoked
         self._topic = self._ask()
         self._consumer = Consumer({**self._config, "logger": _logger(self._report)})
-        self._consumer.subscribe(
-            [self._address.topic],
-            on_assign=lambda _, given: self._take(_numbers(given)),
-            on_revoke=lambda _, taken: self._give(_numbers(taken), lost=False),
-            on_lost=lambda _, taken: self._give(_numbers(taken), lost=True),
-        )
+        self._join()
 
     def poll(self, *, events_max: int, bytes_max: int, wait_s: float) -> list[Chunk] | None:
         """Events of all our partitions together, until a limit is reached or wait_s have passed."""
@@ -155,6 +150,14 @@ class KafkaSource:
         return found
 
     # ---- which partitions are ours, and where they begin ----
+
+    def _join(self) -> None:
+        self._consumer.subscribe(
+            [self._address.topic],
+            on_assign=lambda _, given: self._take(_numbers(given)),
+            on_revoke=lambda _, taken: self._give(_numbers(taken), lost=False),
+            on_lost=lambda _, taken: self._give(_numbers(taken), lost=True),
+        )
 
     def _take(self, numbers: list[int]) -> None:
         """Partitions have become ours: called inside ``consume``."""
