@@ -47,16 +47,17 @@ CONFLICT = (Reason(counts.CONFLICT),)
 # ---- what a sink holds, in a shape that can be compared ----
 
 
+def plain(value: Any) -> float | str | None:
+    """As values are compared: NaN is null, and -0.0 is 0.0."""
+    if value is None or isinstance(value, str):
+        return value
+    return None if np.isnan(value) else float(value) + 0.0
+
+
 def rows_of(readings: Readings) -> list[tuple[Any, ...]]:
     """Each reading as a tuple: identity, (values, extras), lineage."""
     lineage = readings.lineage
-    columns = {
-        name: [
-            None if v is None or v != v else v + 0.0 if isinstance(v, float) else v for v in plain
-        ]  # noqa: PLR0124
-        for name, column in readings.values.items()
-        for plain in [column.tolist() if isinstance(column, np.ndarray) else column]
-    }
+    columns = {name: list(map(plain, column)) for name, column in readings.values.items()}
     return [
         (
             (readings.device_id[i], int(readings.ts_us[i])),
