@@ -23,6 +23,7 @@ READY_S = 30.0
 EXTERNAL = "KVSTORE_TEST_KAFKA"
 # Tansu waits for half of a session timeout before it lets a group begin.
 MEMBER = {"session.timeout.ms": 1000, "heartbeat.interval.ms": 200, "fetch.wait.max.ms": 20}
+MEMBER["fetch.error.backoff.ms"] = 20
 
 
 class Kafka:

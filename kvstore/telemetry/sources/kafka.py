@@ -10,14 +10,16 @@ Identity of an event is (source, partition, offset), so the offsets of a recreat
 meet those of the one before it: its places are named ``…/topic@<topic id>``.
 
 Rules for consuming in batches. librdkafka has returned events of an assignment that had ended in
-the middle of a call (its release notes, 2.0 and later), so that partitions are assigned paused:
-what a call returns of a partition that was assigned inside it is thrown away, and fetched anew.
+the middle of a call (its release notes, 2.0 and later). So partitions that a call brings are
+fetched only once it has returned, and what it returned of them is thrown away. (Assigning them
+paused lost: an error that comes between the two leaves the partition silent for ever.)
 Memory: QUEUE_BYTES inside librdkafka, what one poll may return, and one slice.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -101,7 +103,8 @@ class KafkaSource:
         self._places: dict[int, Place] = {}  # of the partitions that are ours
         self._next: dict[int, int] = {}  # offset below which an event of the partition was seen
         self._held: list[Any] = []  # fetched, not yet handed out
-        self._fresh: set[int] = set()  # assigned inside the running call, paused
+        self._fresh: dict[int, Any] = {}  # given to us inside the running call, not yet fetched
+        self._event_bytes = 1.0  # on average, of the last slice: how many to ask for
         self._moved: dict[int, Position] = {}  # positions to be recorded though nothing was read
 
     # ---- the protocol ----
@@ -162,10 +165,9 @@ class KafkaSource:
     def _take(self, numbers: list[int]) -> None:
         """Partitions have become ours: called inside ``consume``."""
         self._topic = self._ask()
-        begins = [self._begin(position) for position in self._positions(numbers)]
-        self._consumer.incremental_assign(begins)
-        self._consumer.pause(begins)
-        self._fresh.update(numbers)
+        for position in self._positions(numbers):
+            self._fresh[position.place.partition] = self._begin(position)
+        self._consumer.incremental_assign([])  # says that we have heard
 
     def _positions(self, numbers: Iterable[int]) -> list[Position]:
         """What the sink says; of a recreated topic, what it says of the topic as it is now."""
@@ -241,8 +243,9 @@ class KafkaSource:
             if places:
                 self._on_revoked(places, lost)
         finally:
+            fetched = [self._at(number) for number in numbers if number not in self._fresh]
             self._forget(numbers)
-            self._consumer.incremental_unassign([self._at(number) for number in numbers])
+            self._consumer.incremental_unassign(fetched)
 
     def _forget(self, numbers: Iterable[int]) -> None:
         gone = set(numbers)
@@ -250,7 +253,7 @@ class KafkaSource:
             self._places.pop(number, None)
             self._next.pop(number, None)
             self._moved.pop(number, None)
-        self._fresh -= gone
+            self._fresh.pop(number, None)
         self._held = [message for message in self._held if message.partition() not in gone]
 
     def _ask(self) -> Topic:
@@ -284,10 +287,14 @@ class KafkaSource:
         size = sum(map(len, self._held))
         while len(self._held) < events_max and size < bytes_max and not self._moved:
             left_s = deadline_s - time.monotonic()
-            wanted = min(SLICE_EVENTS, events_max - len(self._held))
+            fitting = math.ceil((bytes_max - size) / self._event_bytes)
+            wanted = min(SLICE_EVENTS, events_max - len(self._held), fitting)
             messages = self._fetched(wanted, max(0.0, min(SLICE_S, left_s)))
             self._held += messages
-            size += sum(map(len, messages))
+            if messages:
+                more = sum(map(len, messages))
+                size += more
+                self._event_bytes = max(more / len(messages), 1.0)
             if left_s <= 0:
                 break
 
@@ -299,7 +306,7 @@ class KafkaSource:
             raise translated(error, self._address) from error
         if self._fresh:
             messages = [m for m in messages if m.partition() not in self._fresh]
-            self._consumer.resume([self._at(number) for number in self._fresh])
+            self._consumer.incremental_assign(list(self._fresh.values()))
             self._fresh.clear()
         return [message for message in messages if self._is_ours(message)]
 
