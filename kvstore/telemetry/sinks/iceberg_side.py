@@ -96,12 +96,16 @@ def stage(
 
 
 def _start_from(transaction: Any, at: int | None) -> None:
-    """The branch begins at the committed snapshot, and ``main`` follows up to there."""
+    """The branch begins at the committed snapshot, and ``main`` follows up to there.
+
+    Before the first commit that is the empty snapshot that ``main`` begins with.
+    """
+    start = transaction.table_metadata.current_snapshot_id if at is None else at
+    if start is None:  # a table takes no snapshot on a branch before there is one on main
+        transaction.update_snapshot().fast_append().commit()
+        start = transaction.table_metadata.current_snapshot_id
     snapshots = ManageSnapshots(transaction)
-    if at is not None:
-        snapshots.create_branch(at, STAGED).create_branch(at, MAIN_BRANCH).commit()
-    elif STAGED in transaction.table_metadata.refs:
-        snapshots.remove_branch(STAGED).commit()
+    snapshots.create_branch(start, STAGED).create_branch(start, MAIN_BRANCH).commit()
 
 
 def publish(lake: Lake, name: str, at: int | None) -> None:
