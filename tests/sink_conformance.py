@@ -392,7 +392,8 @@ class SinkConformance:
     def test_received_is_stored_and_duplicates_and_rejected(self, sink):
         rng = np.random.default_rng(1)
         claim = sink.claim([data.PLACE])[0]
-        made = data.work(claim)
+        made = data.work(claim, next_=0)
+        sink.commit(made)
         for commit in range(4):
             rows = [
                 data.row(

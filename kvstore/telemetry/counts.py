@@ -22,6 +22,11 @@ STORED: Final = "stored"
 DUPLICATES: Final = "duplicates"
 REJECTED: Final = "rejected"
 CONFLICT: Final = "conflict"
+LATE: Final = "late"  # more than a limit older than the newest of the same device before it
+DRIFT: Final = "drift"  # valid events with fields that the contract does not know
+FINER: Final = "finer"  # time stamps finer than a microsecond, cut off
+TIMED: Final = "timed"  # the source knows when it took the event
+DELAYED: Final = "delayed"  # of those, longer under way than the contract allows
 
 HOUR_US: Final = 3_600_000_000
 
@@ -35,6 +40,11 @@ _NAMES: Final = {
 def reason(code: str) -> str:
     """Name of the count of events rejected for that reason; one event may have several."""
     return f"reason:{code}"
+
+
+def unknown(field: str) -> str:
+    """Name of the count of valid events with that field, which the contract does not know."""
+    return f"unknown:{field}"
 
 
 def decided(readings: Readings, fates: NDArray[np.uint8]) -> list[Count]:
