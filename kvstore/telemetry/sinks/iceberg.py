@@ -27,15 +27,12 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from pyiceberg.expressions import And, EqualTo
-from pyiceberg.io.pyarrow import write_file
-from pyiceberg.partitioning import PartitionFieldValue, PartitionKey
-from pyiceberg.table import WriteTask
 
 from kvstore.errors import SinkError
 from kvstore.telemetry import counts
@@ -63,6 +60,7 @@ from kvstore.telemetry.sinks.iceberg_lake import (
     BUCKETS,
     COUNTS,
     DEAD_LETTERS,
+    Change,
     Lake,
     evolve,
     open_lake,
@@ -75,11 +73,11 @@ from kvstore.telemetry.sinks.iceberg_lake import (
 from kvstore.telemetry.sinks.iceberg_scan import (
     DataFile,
     Files,
-    Partition,
     between,
     in_slices,
     tasks,
 )
+from kvstore.telemetry.sinks.iceberg_write import write
 
 READ_ROWS_MAX: Final = 250_000  # of a batch that is read
 REUSE_S: Final = 600  # files written longer ago may have been taken for garbage
@@ -106,7 +104,9 @@ class IcebergSink:
     def __init__(self, lake: Lake):
         self._lake = lake
         table = lake.table()
-        buckets = [f.transform.num_buckets for f in table.spec().fields if f.name.endswith("bucket")]
+        buckets = [
+            f.transform.num_buckets for f in table.spec().fields if f.name.endswith("bucket")
+        ]
         self._keys = Keys(buckets[0] if buckets else BUCKETS)
         self._files = Files()
 
@@ -114,13 +114,14 @@ class IcebergSink:
     def open(
         cls,
         location: str,
-        *,
-        catalog: Mapping[str, str] | None = None,
-        create: bool = True,
         contract: Contract | None = None,
+        *,
+        mode: Literal["r", "w"] = "w",
+        catalog: Mapping[str, str] | None = None,
         buckets: int = BUCKETS,
     ) -> Self:
-        """The lake at a folder or URI; see iceberg_lake.open_lake."""
+        """The lake at a folder or URI; see iceberg_lake.open_lake. mode w makes what is missing."""
+        create = mode == "w"
         lake = open_lake(
             location, catalog=catalog, create=create, contract=contract, buckets=buckets
         )
@@ -180,14 +181,13 @@ class IcebergSink:
             table, state = self._loaded()
             state.check_claims(work.claims)
             with translated(self._lake.location):
-                if batch is None or batch.table.schema != table.schema().as_arrow():
-                    data = rows.to_arrow(work.readings, table.schema())
-                    batch, written = Batch(data, self._keys.devices), None
+                if batch is None or batch.schema_id != table.schema().schema_id:
+                    batch, written = Batch(work.readings, table.schema(), self._keys.devices), None
                 fates = self._keys.fates(batch, table, self._files.of(table))
                 kept = fates == Fate.STORED
                 if written is None or not written.fits(kept):
                     self._discard(table, written)
-                    entries = write_files(table, batch, kept)
+                    entries = write(table, batch.pieces(kept))
                     written = Written(kept, entries, time.monotonic())
             with raced(attempt):
                 return self._commit(table, state, work, batch, fates, written)
@@ -203,7 +203,7 @@ class IcebergSink:
         written: Written,
     ) -> Outcome:
         outcome = _outcome(work, fates)
-        head = self._staged(state.head, work, fates)
+        head = self._staged(state.head, work, batch, fates)
         self._swap(
             table,
             state,
@@ -217,7 +217,9 @@ class IcebergSink:
         self._keys.add(batch, written.kept, added)
         return outcome
 
-    def _staged(self, head: states.Head, work: Work, fates: NDArray[np.uint8]) -> states.Head:
+    def _staged(
+        self, head: states.Head, work: Work, batch: Batch, fates: NDArray[np.uint8]
+    ) -> states.Head:
         """Dead letters and counts, behind those of the head; what is named in the new one."""
         conflicts = [_conflict(work, number) for number in np.flatnonzero(fates == Fate.CONFLICT)]
         letters = [
@@ -225,7 +227,7 @@ class IcebergSink:
             for each in [*work.rejections, *conflicts]
         ]
         keys = frozenset((each.place, each.offset) for each in conflicts)
-        found = counts.summed([*work.seen, *counts.decided(work.readings, fates)])
+        found = counts.summed([*work.seen, *batch.counts(fates)])
         return replace(
             head,
             letters=side.stage_letters(self._lake, head.letters, letters, work.changes, keys),
@@ -246,7 +248,7 @@ class IcebergSink:
         """One snapshot of the readings with all that the state has become."""
         with translated(self._lake.location):
             summary = states.summary(commit_id, moved, outcome, after.head)
-            transaction = table.transaction()
+            transaction = Change(table)
             producer = transaction.update_snapshot(snapshot_properties=summary).merge_append()
             for entry in entries:
                 producer.append_data_file(entry)
@@ -343,35 +345,7 @@ def _data_file(entry: Any) -> DataFile:
     )
 
 
-# ---- files ----
-
-
-def write_files(table: Any, batch: Batch, kept: NDArray[np.bool_]) -> list[Any]:
-    """The kept readings as durable files, one a partition, in order of time."""
-    made, name = [], uuid.uuid4()
-    for number, (partition, numbers) in enumerate(batch.partitions()):
-        wanted = numbers[kept[numbers]]
-        if len(wanted):
-            data = batch.table.take(pa.array(wanted)).combine_chunks()
-            made.append(write_task(table, partition, data, name, number))
-    return list(write_file(table.io, table.metadata, iter(made))) if made else []
-
-
-def write_task(
-    table: Any, partition: Partition, data: pa.Table, name: uuid.UUID, number: int
-) -> WriteTask:
-    """One file of one partition."""
-    values = [
-        PartitionFieldValue(field=field, value=value)
-        for field, value in zip(table.spec().fields, partition, strict=True)
-    ]
-    return WriteTask(
-        name,
-        number,
-        table.schema(),
-        data.to_batches(),
-        partition_key=PartitionKey(values, table.spec(), table.schema()),
-    )
+# ---- reading ----
 
 
 def read_table(
@@ -405,9 +379,6 @@ def _slice(
         where = And(where, EqualTo(rows.DEVICE, device_id))
     wanted = [file for file in files if file.overlaps(first, last)]
     found = scan(table, tasks(table, wanted), table.schema().column_names, where)
-    if pa.types.is_dictionary(found[rows.DEVICE].type):
-        at = found.column_names.index(rows.DEVICE)
-        found = found.set_column(at, rows.DEVICE, found[rows.DEVICE].cast(pa.large_string()))
     return found.sort_by([(rows.TS, "ascending"), (rows.DEVICE, "ascending")])
 
 

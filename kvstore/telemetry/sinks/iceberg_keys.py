@@ -13,6 +13,7 @@ Memory is bounded by KEYS_BYTES_MAX; what does not fit is read again for each ba
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 from pyiceberg.transforms import BucketTransform
 from pyiceberg.types import StringType
 
-from kvstore.telemetry.records import Fate
+from kvstore.telemetry.counts import HOUR_US, named
+from kvstore.telemetry.records import Count, Fate, Readings
 from kvstore.telemetry.sinks import iceberg_rows as rows
 from kvstore.telemetry.sinks.iceberg_lake import scan
 from kvstore.telemetry.sinks.iceberg_scan import (
@@ -34,6 +36,7 @@ from kvstore.telemetry.sinks.iceberg_scan import (
     keys_of,
     tasks,
 )
+from kvstore.telemetry.sinks.iceberg_write import Piece
 
 DAY_US: Final = 86_400_000_000
 KEYS_BYTES_MAX: Final = 512 << 20  # 64 million keys of 8 bytes
@@ -67,32 +70,64 @@ class Devices:
 class Batch:
     """Readings of one commit, with what the anti-join and the writing of files want of them."""
 
-    def __init__(self, table: pa.Table, devices: Devices):
-        self.table = table
-        column = encoded(table[rows.DEVICE])
-        self.names: list[str] = column.dictionary.to_pylist()
-        self.codes: NDArray[np.int64] = column.indices.to_numpy(zero_copy_only=False).astype(
-            np.int64
-        )
-        self.ts_us = rows.micros(table[rows.TS]) if len(table) else np.array([], np.int64)
-        hashes, buckets = devices.of(self.names)
-        self.hashes = mixed(hashes[self.codes], self.ts_us)
-        days, bucket = self.ts_us // DAY_US, buckets[self.codes]
-        self.order = np.lexsort((self.codes, self.ts_us, bucket, days))
-        self._days, self._buckets = days[self.order], bucket[self.order]
+    def __init__(self, readings: Readings, schema: Any, devices: Devices):
+        self.schema_id = schema.schema_id
+        self.table = rows.to_arrow(readings, schema)
+        self.ts_us = readings.ts_us
+        column = encoded(self.table[rows.DEVICE])
+        self._names: list[str] = column.dictionary.to_pylist()
+        self._codes = column.indices.to_numpy().astype(np.int64)
+        hashes, buckets = devices.of(self._names)
+        self.hashes = mixed(hashes[self._codes], self.ts_us)
+        self._partition = np.empty((len(self), 2), np.int64)
+        self._partition[:, 0] = self.ts_us // DAY_US
+        self._partition[:, 1] = buckets[self._codes]
+        self._order = self._in_order()
+        # Each partition that it touches, and the numbers of its rows there, in order of time.
+        self.partitions = list(self._split())
 
     def __len__(self) -> int:
-        return len(self.codes)
+        return len(self.ts_us)
 
-    def partitions(self) -> Iterator[tuple[Partition, NDArray[np.int64]]]:
-        """Each partition that it touches, and the numbers of its rows there, in order of time."""
+    def _in_order(self) -> NDArray[np.int64]:
+        """Numbers of the rows by partition, then time; what comes in order of time is cheap."""
+        day, bucket = self._partition.T
+        if len(self) and np.all(self.ts_us[1:] >= self.ts_us[:-1]):
+            if day[0] == day[-1] and bucket.max() <= np.iinfo(np.uint8).max:
+                return np.argsort(bucket.astype(np.uint8), kind="stable")  # by radix
+            return np.lexsort((bucket, day))
+        return np.lexsort((self.ts_us, bucket, day))
+
+    def _split(self) -> Iterator[tuple[Partition, NDArray[np.int64]]]:
         if not len(self):
             return
-        steps = (np.diff(self._days) != 0) | (np.diff(self._buckets) != 0)
-        ends = [0, *(np.flatnonzero(steps) + 1).tolist(), len(self)]
-        for start, stop in zip(ends, ends[1:], strict=False):
-            partition = int(self._days[start]), int(self._buckets[start])
-            yield partition, self.order[start:stop]
+        found = self._partition[self._order]
+        steps = np.flatnonzero((found[1:] != found[:-1]).any(axis=1)) + 1
+        ends = [0, *steps.tolist(), len(self)]
+        for start, stop in itertools.pairwise(ends):
+            day, bucket = found[start].tolist()
+            yield (day, bucket), self._order[start:stop]
+
+    def pieces(self, kept: NDArray[np.bool_]) -> Iterator[Piece]:
+        """The kept rows of each partition, in order of time."""
+        for partition, numbers in self.partitions:
+            yield Piece(partition, self.table.take(pa.array(numbers[kept[numbers]])))
+
+    def counts(self, fates: NDArray[np.uint8]) -> list[Count]:
+        """What counts.decided says, from the codes of the devices: ten times as fast."""
+        hours, hour = np.unique(self.ts_us // HOUR_US, return_inverse=True)
+        groups, values = np.unique(
+            (self._codes * len(hours) + hour) * len(Fate) + fates, return_counts=True
+        )
+        return named(
+            ((self._names[code], int(hours[at]) * HOUR_US, fate), value)
+            for (code, at), fate, value in zip(
+                (divmod(int(group) // len(Fate), len(hours)) for group in groups),
+                (int(group) % len(Fate) for group in groups),
+                values.tolist(),
+                strict=True,
+            )
+        )
 
 
 def mixed(devices: Hashes, ts_us: NDArray[np.int64]) -> Hashes:
@@ -151,7 +186,7 @@ class Keys:
         stored = np.zeros(len(batch), np.bool_)  # suspects to be stored already
         where: list[DataFile] = []
         paths = {file.path for file in files}
-        for partition, numbers in batch.partitions():
+        for partition, numbers in batch.partitions:
             if not self._covered.get(partition, set()) <= paths:  # compacted: all in other files
                 self._forget(partition)
             first_us, last_us = int(batch.ts_us[numbers[0]]), int(batch.ts_us[numbers[-1]])
@@ -198,7 +233,7 @@ class Keys:
 
     def add(self, batch: Batch, kept: NDArray[np.bool_], files: Sequence[DataFile]) -> None:
         """Remember what a commit has stored, so that its own files need not be read."""
-        for partition, numbers in batch.partitions():
+        for partition, numbers in batch.partitions:
             new = [file.path for file in files if file.partition == partition]
             numbers = numbers[kept[numbers]]
             if new and self._make_room(len(numbers), partition):
@@ -253,7 +288,8 @@ def _compared(
     """
     columns = (rows.DEVICE, rows.TS, *rows.value_names(table.schema()), rows.EXTRAS)
     found = _stored_rows(batch, suspects, np.unique(stored), table, files, keys, columns)
-    both = pa.concat_tables([found, batch.table.select(columns).take(pa.array(suspects))])
+    ours = _plain(batch.table.select(columns).take(pa.array(suspects)), found.schema)
+    both = pa.concat_tables([found, ours])
     codes = encoded(both[rows.DEVICE]).indices.to_numpy(zero_copy_only=False)
     ts_us = rows.micros(both[rows.TS])
     order = np.lexsort((ts_us, codes))  # stable: the first stays the first
@@ -297,7 +333,7 @@ def _stored_rows(
     columns: Sequence[str],
 ) -> pa.Table:
     """The stored rows of the suspects' identities, and maybe some of another one's hash."""
-    empty = batch.table.select(columns).slice(0, 0)
+    empty = table.schema().select(*columns).as_arrow().empty_table().select(columns)
     if not len(stored):
         return empty
     ts_us = batch.ts_us[suspects]

@@ -55,7 +55,7 @@ _BACK: Final = (
 )
 _OWN: Final = {name for name, *_ in _FRONT + _BACK}
 _TIME: Final = pa.timestamp("us", "UTC")
-_TEXT: Final = pa.large_string()
+_TEXT: Final = pa.large_string()  # as pyiceberg has it
 
 
 # ---- schemas ----
@@ -124,11 +124,15 @@ COUNTS: Final = Schema(
 # ---- readings ----
 
 
-def texts(values: Sequence[str | None]) -> pa.Array:
-    """Text, fast where it is always the same."""
+def texts(values: Sequence[str | None]) -> pa.DictionaryArray:
+    """Text as a dictionary, fast where it is always the same."""
     if len(values) and values.count(values[0]) == len(values):
-        return pa.repeat(pa.scalar(values[0], _TEXT), len(values))
-    return pa.array(values, _TEXT)
+        known = pa.array([] if values[0] is None else values[:1], pa.string())
+        codes = pa.array(np.zeros(len(values), np.int32))
+        if values[0] is None:
+            codes = pa.nulls(len(values), pa.int32())
+        return pa.DictionaryArray.from_arrays(codes, known)
+    return pa.array(values, pa.string()).dictionary_encode()
 
 
 def times(micros: NDArray[np.int64]) -> pa.Array:
@@ -145,7 +149,7 @@ def micros(times_: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
 
 
 def to_arrow(readings: Readings, schema: Schema) -> pa.Table:
-    """The readings in the table's columns; a column that they lack is null."""
+    """The readings in the table's columns, texts as dictionaries; what they lack is null."""
     lineage = readings.lineage
     unknown = sorted(set(readings.values) - set(value_names(schema)))
     if unknown:
@@ -164,11 +168,12 @@ def to_arrow(readings: Readings, schema: Schema) -> pa.Table:
     for name, column in readings.values.items():
         numeric = isinstance(column, np.ndarray)
         made[name] = pa.array(column, from_pandas=True) if numeric else texts(column)
+    names = schema.column_names
     columns = [
-        made[f.name] if f.name in made else pa.nulls(len(readings), target.type)
-        for f, target in zip(schema.fields, schema.as_arrow(), strict=True)
+        made[name] if name in made else pa.nulls(len(readings), kind)
+        for name, kind in zip(names, schema.as_arrow().types, strict=True)
     ]
-    return pa.table(columns, schema=schema.as_arrow())
+    return pa.table(columns, names=names)
 
 
 def from_arrow(table: pa.Table, schema: Schema) -> Readings:

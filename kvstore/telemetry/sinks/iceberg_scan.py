@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyiceberg.conversions import from_bytes
 from pyiceberg.expressions import And, GreaterThanOrEqual, LessThanOrEqual
@@ -68,7 +69,10 @@ def _files_in(manifest: Any, table: Any) -> list[DataFile]:
     ts_id = table.schema().find_field(rows.TS).field_id
     entries = manifest.fetch_manifest_entry(table.io, discard_deleted=True)
     spec_id = table.spec().spec_id
-    return [_file(entry.data_file, ts_id, ours=manifest.partition_spec_id == spec_id) for entry in entries]
+    return [
+        _file(entry.data_file, ts_id, ours=manifest.partition_spec_id == spec_id)
+        for entry in entries
+    ]
 
 
 def _file(entry: Any, ts_id: int, *, ours: bool) -> DataFile:
@@ -106,8 +110,17 @@ def between(first_us: int, last_us: int) -> Any:
     return And(GreaterThanOrEqual(rows.TS, first_us), LessThanOrEqual(rows.TS, last_us))
 
 
-def keys_of(table: Any, file: DataFile) -> tuple[pa.Array, NDArray[np.int64]]:
-    """The two key columns of a file: devices (dictionary encoded), times."""
+def keys_of(table: Any, file: DataFile) -> tuple[pa.DictionaryArray, NDArray[np.int64]]:
+    """The two key columns of a file: devices (dictionary encoded), times.
+
+    Straight from the file, where its columns have the table's names: twice as fast as pyiceberg's
+    scan, and rows that were deleted since do not matter to a filter.
+    """
+    with table.io.new_input(file.path).open() as stream:
+        parquet = pq.ParquetFile(stream, read_dictionary=[rows.DEVICE], pre_buffer=True)
+        if {rows.DEVICE, rows.TS} <= set(parquet.schema_arrow.names):
+            found = parquet.read([rows.DEVICE, rows.TS])
+            return encoded(found[rows.DEVICE]), rows.micros(found[rows.TS])
     found = scan(table, tasks(table, [file]), (rows.DEVICE, rows.TS))
     return encoded(found[rows.DEVICE]), rows.micros(found[rows.TS])
 

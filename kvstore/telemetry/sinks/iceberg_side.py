@@ -16,7 +16,6 @@ every tool sees letters as they are. Counts are added: their table holds summand
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -33,8 +32,7 @@ from pyiceberg.expressions import (
     LessThanOrEqual,
     Or,
 )
-from pyiceberg.io.pyarrow import write_file
-from pyiceberg.table import FileScanTask, WriteTask
+from pyiceberg.table import FileScanTask
 from pyiceberg.table.refs import MAIN_BRANCH
 from pyiceberg.table.update.snapshot import ManageSnapshots
 
@@ -45,6 +43,7 @@ from kvstore.telemetry.sinks import iceberg_rows as rows
 from kvstore.telemetry.sinks.iceberg_lake import (
     COUNTS,
     DEAD_LETTERS,
+    Change,
     Lake,
     raced,
     races,
@@ -52,6 +51,7 @@ from kvstore.telemetry.sinks.iceberg_lake import (
     swap,
     translated,
 )
+from kvstore.telemetry.sinks.iceberg_write import Piece, write
 
 STAGED: Final = "staged"
 LETTERS_MAX: Final = 10_000  # that are held in memory at once while reading
@@ -60,7 +60,7 @@ Key = tuple[Place, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class Edit:
     """What a staging does to a table: rows that come, files that go."""
 
     rows: pa.Table
@@ -68,7 +68,7 @@ class Change:
 
 
 def stage(
-    lake: Lake, name: str, at: int | None, decide: Callable[[Any], Change | None]
+    lake: Lake, name: str, at: int | None, decide: Callable[[Any], Edit | None]
 ) -> int | None:
     """Put a snapshot behind the one named ``at``; its id, or ``at`` where there is nothing to do.
 
@@ -77,16 +77,16 @@ def stage(
     for attempt in races():
         table = lake.table(name)
         with translated(lake.location):
-            change = decide(table)
-            if change is None:
+            edit = decide(table)
+            if edit is None:
                 return at
-            transaction = table.transaction()
+            transaction = Change(table)
             _start_from(transaction, at)
             update = transaction.update_snapshot(branch=STAGED)
-            producer = update.overwrite() if change.gone else update.merge_append()
-            for file in change.gone:
+            producer = update.overwrite() if edit.gone else update.merge_append()
+            for file in edit.gone:
                 producer.delete_data_file(file)
-            for file in written(table, change.rows):
+            for file in write(table, [Piece((), edit.rows)]):
                 producer.append_data_file(file)
             producer.commit()
         with raced(attempt):
@@ -115,20 +115,12 @@ def publish(lake: Lake, name: str, at: int | None) -> None:
         current = table.metadata.current_snapshot_id
         if at in (None, current):
             return
-        transaction = table.transaction()
+        transaction = Change(table)
         with translated(lake.location):
             ManageSnapshots(transaction).create_branch(at, MAIN_BRANCH).commit()
         with raced(attempt):
             swap(transaction, lake.location)
             return
-
-
-def written(table: Any, data: pa.Table) -> list[Any]:
-    """Rows of an unpartitioned table as a durable file."""
-    if not len(data):
-        return []
-    task = WriteTask(uuid.uuid4(), 0, table.schema(), data.combine_chunks().to_batches())
-    return list(write_file(table.io, table.metadata, iter([task])))
 
 
 def tasks_at(table: Any, at: int | None, where: Any = None) -> list[Any]:
@@ -146,7 +138,7 @@ def stage_counts(lake: Lake, at: int | None, counts: Sequence[Count]) -> int | N
     """Add counts."""
     if not counts:
         return at
-    return stage(lake, COUNTS, at, lambda _table: Change(rows.counts_to_arrow(counts)))
+    return stage(lake, COUNTS, at, lambda _table: Edit(rows.counts_to_arrow(counts)))
 
 
 def read_counts(
@@ -181,7 +173,7 @@ def stage_letters(
     if not new and not changes:
         return at
 
-    def decide(table: Any) -> Change | None:
+    def decide(table: Any) -> Edit | None:
         wanted = {(change.place, change.offset): change for change in changes}
         present, parts, gone = set(), [], []
         for task in tasks_at(table, at, _near([*map(_key, new), *wanted])):
@@ -198,7 +190,7 @@ def stage_letters(
         fresh = {_key(letter): letter for letter in reversed(new)}  # the first of each stays
         parts.append(rows.letters_to_arrow(each for k, each in fresh.items() if k not in present))
         made = pa.concat_tables(parts)
-        return Change(made, gone) if len(made) else None
+        return Edit(made, gone) if len(made) else None
 
     return stage(lake, DEAD_LETTERS, at, decide)
 
@@ -229,7 +221,10 @@ def _within(place: Place, first: int, last: int) -> Any:
 def _keys_in(table: Any, task: Any) -> set[Key]:
     found = scan(table, [FileScanTask(task.file)], ("source", "partition", "offset"))
     columns = (found[name].to_pylist() for name in ("source", "partition", "offset"))
-    return {(Place(source, partition), offset) for source, partition, offset in zip(*columns, strict=True)}
+    return {
+        (Place(source, partition), offset)
+        for source, partition, offset in zip(*columns, strict=True)
+    }
 
 
 def _letters_in(table: Any, task: Any) -> list[DeadLetter]:
@@ -287,4 +282,3 @@ def _spans(
             piece = offsets[start : start + LETTERS_MAX]
             spans.append((Place(row["source"], row["partition"]), int(piece[0]), int(piece[-1])))
     return spans
-
