@@ -7,6 +7,8 @@ never printed. librdkafka's errors are translated here.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from kvstore.errors import SourceError
 
 SCHEME: Final = "kafka"
 ANSWER_S: Final = 15.0  # for a question to the cluster: a broker's own limit for most is 10 s
+REGISTRY: Final = "schema.registry.url"  # among librdkafka's options, as Confluent's clients have it
 _PREFIX: Final = "KVSTORE_KAFKA_"
 _TOPIC: Final = re.compile(r"[a-zA-Z0-9._-]{1,249}")  # Kafka's own rule
 _NO_ID: Final = "AAAAAAAAAAAAAAAAAAAAAA"  # all zeros: a broker older than topic ids
@@ -86,6 +89,21 @@ def parse_option(text: str) -> tuple[str, str]:
     if not equals or not name:
         raise SourceError(f"{text!r}: expected NAME=VALUE, such as security.protocol=SASL_SSL")
     return name, value
+
+
+def group_of(kind: str, target: str) -> str:
+    """The consumer group of a sink: all its workers share it, and no other sink does.
+
+    Named after what the target says of server and path, not of user, password or parameters, so
+    that workers may log in differently. Two spellings of one sink make two groups: their workers
+    fence each other out, which is loud; half of the events each would not be.
+    """
+    parts = urlsplit(target)
+    where = f"{parts.hostname or ''}:{parts.port or ''}{parts.path}"
+    if not parts.scheme:
+        where = os.path.realpath(target)
+    name = re.sub(r"[^a-zA-Z0-9._-]", "-", where.rstrip("/").rpartition("/")[2])
+    return f"kvstore-{kind}-{name}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
 
 
 class Cluster:

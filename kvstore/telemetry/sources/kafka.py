@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +31,17 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 
 from kvstore.errors import SourceError
 from kvstore.events import Event, Report
-from kvstore.telemetry.kafka import ANSWER_S, Address, Cluster, Options, Topic, translated
+from kvstore.telemetry.kafka import (
+    ANSWER_S,
+    REGISTRY,
+    Address,
+    Cluster,
+    Options,
+    Topic,
+    environment_options,
+    parse_address,
+    translated,
+)
 from kvstore.telemetry.records import Chunk, Place, Position
 from kvstore.telemetry.source import OnAssigned, OnRevoked
 
@@ -106,6 +117,32 @@ class KafkaSource:
         self._fresh: dict[int, Any] = {}  # given to us inside the running call, not yet fetched
         self._event_bytes = 1.0  # on average, of the last slice: how many to ask for
         self._moved: dict[int, Position] = {}  # positions to be recorded though nothing was read
+
+    @classmethod
+    def open(
+        cls, url: str, options: Options, *, accept_loss: bool = False, report: Report
+    ) -> KafkaSource:
+        """As the command line has it: options with ``group.id`` and ``schema.registry.url``.
+
+        Options in the environment (KVSTORE_KAFKA_…) come before those, for they hold secrets.
+        """
+        given = {**options, **environment_options(os.environ)}
+        group, registry = given.pop("group.id", None), given.pop(REGISTRY, None)
+        if not group:
+            raise SourceError(f"{url}: no consumer group; expected group.id among the options")
+        decoder = None
+        if registry:
+            from kvstore.telemetry.avro import Decoder, Registry  # noqa: PLC0415
+
+            decoder = Decoder(Registry(registry))
+        return cls(
+            parse_address(url),
+            group=group,
+            options=given,
+            accept_loss=accept_loss,
+            decoder=decoder,
+            report=report,
+        )
 
     # ---- the protocol ----
 
