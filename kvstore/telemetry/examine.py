@@ -48,6 +48,7 @@ DEPTH_MAX: Final = 32  # far from the recursion limit, wherever the caller stand
 EXACT_MAX: Final = 2**53  # up to here float64 holds every integer
 FOUND_CHARS_MAX: Final = 80
 REASONS_MAX: Final = 50  # of one event: one of a million fields has a million faults
+_CANONICAL: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 _NUMBER_CHARS_MAX: Final = 400  # the longest number that float64 can hold has 309 digits
 
 
@@ -105,13 +106,13 @@ def _is_clean(text: str) -> bool:
 def canonical(extras: Mapping[str, Any]) -> str | None:
     """Unknown fields as one text: sorted keys, no spaces, 68.0 as 68, null as if absent."""
     kept = {name: _plain(value) for name, value in extras.items() if value is not None}
-    if not kept:
-        return None
-    return json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return _CANONICAL.encode(kept) if kept else None
 
 
 def _plain(value: Any) -> Any:
     """Of all ways to write a number, one."""
+    if isinstance(value, int | str):
+        return value
     if isinstance(value, float) and value.is_integer() and abs(value) <= EXACT_MAX:
         return int(value)
     if isinstance(value, dict):

@@ -36,6 +36,7 @@ class Seen:
         self._late_after_us = late_after_us
         self._latency_us = None if contract.latency_s is None else round(contract.latency_s * 1e6)
         self._codes: dict[str, int] = {}
+        self._names: list[str] = []  # by code
         self._newest = np.empty(0, np.int64)  # by code
         self._fields: set[str] = set()
 
@@ -49,11 +50,13 @@ class Seen:
     ) -> list[Count]:
         """All counts of one chunk; appended_us: of each event in the block."""
         found = list(self._of_readings(block, appended_us)) if len(block) else []
+        if not rejections:
+            return found  # each of them once
         return counts.summed([*found, *self._of_rejections(rejections, now_us)])
 
     def _of_readings(self, block: Block, appended_us: NDArray[np.int64] | None) -> Iterator[Count]:
         codes = self._coded(block.device_id)
-        cells = _Cells(block.device_id, codes, block.ts_us)
+        cells = _Cells(self._names, codes, block.ts_us)
         yield from cells.counts(counts.RECEIVED)
         yield from cells.counts(counts.LATE, self._late(codes, block.ts_us))
         yield from cells.counts(counts.FINER, block.finer)
@@ -65,10 +68,12 @@ class Seen:
     def _coded(self, devices: list[str]) -> NDArray[np.int64]:
         if len(self._codes) > DEVICES_MAX:
             self._codes.clear()
+            self._names.clear()
             self._newest = np.empty(0, np.int64)
         known = self._codes
         for device in set(devices).difference(known):
             known[device] = len(known)
+            self._names.append(device)
         if len(known) > len(self._newest):
             fresh = np.full(len(known) * 2 - len(self._newest), _NEVER)
             self._newest = np.concatenate([self._newest, fresh])
@@ -115,13 +120,13 @@ class _Cells:
     """Readings by device and hour: a cell each."""
 
     def __init__(
-        self, devices: list[str], codes: NDArray[np.int64], ts_us: NDArray[np.int64]
+        self, names: Sequence[str], codes: NDArray[np.int64], ts_us: NDArray[np.int64]
     ) -> None:
         hours = ts_us // counts.HOUR_US
         self._first = int(hours.min())
         self._hours = int(hours.max()) - self._first + 1
         self._cells = codes * self._hours + (hours - self._first)
-        self._devices = dict(zip(codes.tolist(), devices, strict=True))
+        self._names = names
 
     def counts(self, name: str, chosen: NDArray[np.bool_] | None = None) -> Iterator[Count]:
         """How many of the chosen ones are in each cell."""
@@ -136,7 +141,7 @@ class _Cells:
             cells, values = np.unique(numbers, return_counts=True)
         for cell, value in zip(cells.tolist(), values.tolist(), strict=True):
             code, hour = divmod(cell, self._hours)
-            yield Count(self._devices[code], (hour + self._first) * counts.HOUR_US, name, value)
+            yield Count(self._names[code], (hour + self._first) * counts.HOUR_US, name, value)
 
 
 def _newest_before(codes: NDArray[np.int64], ts_us: NDArray[np.int64]) -> NDArray[np.int64]:

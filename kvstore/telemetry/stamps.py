@@ -83,6 +83,11 @@ def parse_all(texts: Sequence[str]) -> Stamps:
     if len(ends) != count:  # a line break within a text, or none at all
         return found
     lengths = np.diff(ends, prepend=-1) - 1
+    if count and lengths[0] * count == len(raw) - count and (lengths == lengths[0]).all():
+        down = raw.reshape(count, -1).T[:-1]
+        if _SHORTEST <= len(down) <= _LONGEST:
+            _parse_equal_lengths(down, np.arange(count), found)
+        return found
     for length in np.unique(lengths).tolist():
         if _SHORTEST <= length <= _LONGEST:
             rows = np.flatnonzero(lengths == length)

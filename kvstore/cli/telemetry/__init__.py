@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import typer
 
+from kvstore.cli.telemetry import ingest, simulate
+
 app = typer.Typer(
     name="telemetry",
     help="Device events, exactly once, into an operational store and a lake.",
@@ -20,3 +22,19 @@ app = typer.Typer(
 def examples(*lines: str) -> str:
     """The text below a command's help."""
     return "\n".join(["\b", "Examples:", *(f"  kvstore telemetry {line}" for line in lines)])
+
+
+app.command(
+    epilog=examples(
+        "simulate --devices 50 --events 100000 --evolve-after 50% --bad 1% --duplicates 1%",
+        "simulate --rate 1000 --events 3600000 | kvstore telemetry ingest - --store ops.kv",
+    )
+)(simulate.simulate)
+app.command(
+    epilog=examples(
+        "ingest events.jsonl --store ops.kv",
+        "ingest kafka://localhost:9092/telemetry --postgres postgresql://ops@db/telemetry",
+        "ingest ops.kv --lake lake/ --follow --retry-for forever",
+        "ingest --settings pipeline.toml --max-rejected 1%",
+    )
+)(ingest.ingest)
