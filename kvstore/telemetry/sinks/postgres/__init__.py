@@ -2,12 +2,13 @@
 
 Reading order: ../postgres.sql (the tables, and why), sink.py (one commit), readings.py (what is
 there, what is new), batch.py and binary.py (pure), places.py (the fence), session.py (connection,
-retries, errors), tables.py (days, growth, retention), letters.py, counts.py, lineages.py, read.py.
+retries, errors), tables.py (days, growth, retention), letters.py, counts.py, lineages.py, read.py,
+preflight.py.
 """
 
 from __future__ import annotations
 
-from kvstore.telemetry.sinks.postgres.session import is_address
+from kvstore.telemetry.sinks.postgres.preflight import preflight
 from kvstore.telemetry.sinks.postgres.sink import SCHEMA, PostgresSink
 
-__all__ = ["SCHEMA", "PostgresSink", "is_address"]
+__all__ = ["SCHEMA", "PostgresSink", "preflight"]

@@ -15,12 +15,13 @@ What the rest relies on:
 from __future__ import annotations
 
 import random
+import re
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, LiteralString, NamedTuple, TypeAlias, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote
 
 import psycopg
 from psycopg import errors, sql
@@ -38,15 +39,15 @@ Query: TypeAlias = LiteralString | sql.SQL | sql.Composed
 
 VERSION_MIN: Final = 140_000  # date_bin
 
-# Tries of one transaction, and how long the server may be away in all: a restart takes seconds,
-# a fail-over half a minute. After that the caller is told, and its supervisor decides.
+# Tries of one transaction, and for how long. Short: who calls knows how long to go on (the pipeline
+# does for minutes, and looks at signals meanwhile); this is for what is over in a moment.
 ATTEMPTS_MAX: Final = 10
-TRY_S: Final = 60.0
+TRY_S: Final = 15.0
 PAUSE_S_MAX: Final = 2.0
 
 # For a lock that another session holds. Workers hold theirs for one commit, about a second; a
-# claim goes on by ending the other's session, see places.
-LOCK_WAIT_S: Final = 10.0
+# claim then goes on by ending the other's session, see places.py.
+LOCK_WAIT_S: Final = 5.0
 # A worker that stands still between two statements loses its session, and its locks with it.
 IDLE_IN_TRANSACTION_S: Final = 60.0
 CONNECT_S: Final = 10
@@ -67,12 +68,16 @@ _SETTINGS: Final = {
 _UNDONE: Final = (errors.SerializationFailure, errors.DeadlockDetected, errors.LockNotAvailable)
 
 
+_SCHEMA: Final = re.compile(r"([?&])schema=([^&]*)")
+
+
 class Address(NamedTuple):
-    """Where the server is: what libpq is given, and what people are shown."""
+    """Where the server is: what libpq is given, and what people are shown. schema: if named."""
 
     parameters: dict[str, Any]
     shown: str
     password: str
+    schema: str | None
 
 
 class Micros:
@@ -104,8 +109,8 @@ class _MicrosLoader(Loader):
 class Session:
     """One connection at a time to one database. worker: its application_name, for who looks."""
 
-    def __init__(self, url: str, worker: str):
-        self._address = address(url)
+    def __init__(self, at: Address, worker: str):
+        self._address = at
         self.worker = worker
         self._connection: Connection | None = None
 
@@ -256,7 +261,10 @@ class Session:
 
 
 def address(url: str) -> Address:
-    """Read a postgresql:// URL; never shows what it cannot read, as a password may be in it."""
+    """Read a postgresql:// URL, which may have our own parameter ``schema`` behind its ?.
+
+    Never shows what it cannot read, as a password may be in it.
+    """
     expected = (
         "expected postgresql://user@host:port/database; a password is best given as PGPASSWORD"
     )
@@ -268,15 +276,17 @@ def address(url: str) -> Address:
             f"the address has more than one @ before the database's name; {expected}, with @ "
             "written as %40 where it is part of a name or password"
         )
+    found = _SCHEMA.search(url)
     try:
-        parameters = conninfo_to_dict(url)
+        parameters = conninfo_to_dict(_SCHEMA.sub(r"\1", url).replace("?&", "?"))
     except psycopg.Error:
         raise SinkError(
             f"the address of the PostgreSQL database cannot be read; {expected}"
         ) from None
     host, port = parameters.get("host") or "", parameters.get("port")
     shown = f"postgresql://{host}{f':{port}' if port else ''}/{parameters.get('dbname') or ''}"
-    return Address(dict(parameters), shown, str(parameters.get("password") or ""))
+    schema = unquote(found[2]) if found else None
+    return Address(dict(parameters), shown, str(parameters.get("password") or ""), schema)
 
 
 def storable(text: str) -> str:
@@ -284,11 +294,6 @@ def storable(text: str) -> str:
     if text.isascii() and "\0" not in text:
         return text
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
-
-
-def is_address(text: str) -> bool:
-    """Whether it looks like a PostgreSQL URL."""
-    return urlsplit(text).scheme in {"postgresql", "postgres"}
 
 
 def _lost(connection: Connection) -> bool:

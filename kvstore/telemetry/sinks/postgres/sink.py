@@ -12,7 +12,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 import numpy as np
 from psycopg import errors
@@ -41,7 +41,7 @@ from kvstore.telemetry.sinks.postgres.lineages import Lineages
 from kvstore.telemetry.sinks.postgres.places import Places
 from kvstore.telemetry.sinks.postgres.read import Reader
 from kvstore.telemetry.sinks.postgres.readings import Found, StaleError, Store
-from kvstore.telemetry.sinks.postgres.session import Connection, Micros, Session
+from kvstore.telemetry.sinks.postgres.session import Connection, Micros, Session, address
 from kvstore.telemetry.sinks.postgres.tables import DAY_US, Tables
 
 SCHEMA: Final = "telemetry"
@@ -50,26 +50,37 @@ STALE_MAX: Final = 5
 
 
 class PostgresSink:
-    """As Sink. url: postgresql://…, the password better in PGPASSWORD; schema: of its tables.
+    """As Sink, for one thread.
 
-    Needs a connection of its own, or a pooler in session mode: it has a temporary table and
-    settings there. Made and closed in a ``with``; for one thread.
+    url: postgresql://…, the password better in PGPASSWORD. schema: of its tables; else what the
+    URL says behind ``?schema=``, else SCHEMA. mode: with "w" the tables are made where missing.
+
+    Needs a connection of its own, or a pooler in session mode: it has settings and a temporary
+    table there.
     """
 
-    def __init__(self, url: str, *, schema: str = SCHEMA):
+    def __init__(self, url: str, *, schema: str | None = None, mode: Literal["r", "w"] = "w"):
         # Shown by pg_stat_activity and in places: who holds what.
         self.worker = f"kvstore telemetry {secrets.token_hex(8)}"
-        self._session = Session(url, self.worker)
-        self._tables = Tables(self._session, schema)
+        at = address(url)
+        self._mode = mode
+        self._session = Session(at, self.worker)
+        self._tables = Tables(self._session, schema or at.schema or SCHEMA)
         self._places = Places(self._session, self._tables)
         self._lineages = Lineages(self._session, self._tables)
         self._reader = Reader(self._session, self._tables, self._lineages)
         self._store = Store(self._tables)
 
+    @classmethod
+    def open(cls, url: str, contract: Contract, *, mode: Literal["r", "w"] = "w") -> Self:
+        """As every sink is opened; what the contract has is made room for by ``evolve``."""
+        del contract
+        return cls(url, mode=mode)
+
     def __enter__(self) -> Self:
         with self._session.translating():
             _ = self._session.connection  # without retries: a wrong address stays wrong
-        self._tables.create()
+        self._tables.open(create=self._mode == "w")
         return self
 
     def __exit__(self, *exc_info: object) -> None:

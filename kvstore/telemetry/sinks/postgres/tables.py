@@ -73,11 +73,20 @@ class Tables:
 
     # ---- made and grown ----
 
-    def create(self) -> None:
-        """Make what is not there, and look at what is."""
-        if not self._exist(self._session.connection):
+    def open(self, *, create: bool) -> None:
+        """Look at what is there; make what is not, or say so."""
+        if not self.exist():
+            if not create:
+                raise SinkError(
+                    f"{self._session.shown}: there is no telemetry in the schema {self._schema!r}; "
+                    "ingest into it first, or name another one as ?schema=NAME"
+                )
             self._change(self._create)
         self.look()
+
+    def exist(self) -> bool:
+        """Whether they were made."""
+        return self._session.run(self._exist)
 
     def look(self) -> None:
         """Learn columns and days afresh."""
@@ -90,13 +99,15 @@ class Tables:
 
     def evolve(self, contract: Contract) -> None:
         """Add a nullable column for each field that has none; columns are never taken away."""
-        missing = [field for field in contract.values if not self._has(field)]
-        if (
-            missing
-            or not self._session.read("SELECT to_regclass(%s)", [self._name("latest")])[0][0]
-        ):
+        missing = self.missing(contract)
+        ((view,),) = self._session.read("SELECT to_regclass(%s)", [self._name("latest")])
+        if missing or view is None:
             self._change(lambda connection: self._grow(connection, missing))
             self.look()
+
+    def missing(self, contract: Contract) -> list[ContractField]:
+        """Fields that have no column yet; raises SinkError for one that cannot have one."""
+        return [field for field in contract.values if not self._has(field)]
 
     def are_as_known(self, connection: Connection) -> bool:
         """Whether the columns are those known; they stay so until the end of the transaction.
@@ -171,8 +182,7 @@ class Tables:
         self._session.run(alone)
 
     def _exist(self, connection: Connection) -> bool:
-        with self._session.translating():
-            found = connection.execute("SELECT to_regclass(%s)", [self._name("commits")]).fetchone()
+        found = connection.execute("SELECT to_regclass(%s)", [self._name("commits")]).fetchone()
         return found is not None and found[0] is not None
 
     def _create(self, connection: Connection) -> None:
