@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
@@ -99,7 +99,9 @@ def group_of(kind: str, target: str) -> str:
     fence each other out, which is loud; half of the events each would not be.
     """
     parts = urlsplit(target)
-    where = f"{parts.hostname or ''}:{parts.port or ''}{parts.path}"
+    given = parse_qs(parts.query)  # PostgreSQL's may say there where its server is
+    host = parts.hostname or "".join(given.get("host", ()))
+    where = f"{host}:{parts.port or ''.join(given.get('port', ()))}{parts.path}"
     if not parts.scheme:
         where = os.path.realpath(target)
     name = re.sub(r"[^a-zA-Z0-9._-]", "-", where.rstrip("/").rpartition("/")[2])
