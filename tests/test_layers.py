@@ -56,7 +56,15 @@ THIRD_PARTY = {
     "cli": {"typer", "rich"},
     "plots": {"matplotlib"},
     "export": {"pyarrow", "pandas", "h5py", "zarr", "xarray", "torch"},
-    "telemetry": {"msgspec", "yaml", "pyarrow", "psycopg", "pyiceberg", "confluent_kafka"},
+    "telemetry": {
+        "msgspec",
+        "yaml",
+        "pyarrow",
+        "psycopg",
+        "pyiceberg",
+        "confluent_kafka",
+        "fastavro",
+    },
     "dayfiles": {"polars", "pyarrow", "matplotlib", "dask", "distributed"},
 }
 
@@ -68,6 +76,7 @@ HEAVY = {"typer", "rich", "pandas", "pyarrow", "matplotlib", "polars", "h5py", "
     "psycopg",
     "pyiceberg",
     "confluent_kafka",
+    "fastavro",
 }
 
 UNKNOWN = "not in the table of floors"

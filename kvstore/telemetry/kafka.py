@@ -22,7 +22,9 @@ from kvstore.errors import SourceError
 
 SCHEME: Final = "kafka"
 ANSWER_S: Final = 15.0  # for a question to the cluster: a broker's own limit for most is 10 s
-REGISTRY: Final = "schema.registry.url"  # among librdkafka's options, as Confluent's clients have it
+REGISTRY: Final = (
+    "schema.registry.url"  # among librdkafka's options, as Confluent's clients have it
+)
 _PREFIX: Final = "KVSTORE_KAFKA_"
 _TOPIC: Final = re.compile(r"[a-zA-Z0-9._-]{1,249}")  # Kafka's own rule
 _NO_ID: Final = "AAAAAAAAAAAAAAAAAAAAAA"  # all zeros: a broker older than topic ids
@@ -75,20 +77,12 @@ def parse_address(url: str) -> Address:
 
 
 def environment_options(environ: Mapping[str, str]) -> dict[str, str]:
-    """librdkafka's options from variables: KVSTORE_KAFKA_SSL_CA_LOCATION is ssl.ca.location."""
+    """Librdkafka's options from variables: KVSTORE_KAFKA_SSL_CA_LOCATION is ssl.ca.location."""
     return {
         name.removeprefix(_PREFIX).lower().replace("_", "."): value
         for name, value in environ.items()
         if name.startswith(_PREFIX)
     }
-
-
-def parse_option(text: str) -> tuple[str, str]:
-    """NAME=VALUE as one option; SourceError where it is not that."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise SourceError(f"{text!r}: expected NAME=VALUE, such as security.protocol=SASL_SSL")
-    return name, value
 
 
 def group_of(kind: str, target: str) -> str:
@@ -136,7 +130,7 @@ class Cluster:
 
 
 def translated(error: KafkaException | KafkaError, address: Address) -> SourceError:
-    """librdkafka's error in our words."""
+    """Librdkafka's error in our words."""
     cause = error.args[0] if isinstance(error, KafkaException) else error
     if cause.code() in _GONE:
         return SourceError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from kvstore.cli.telemetry import ingest, simulate
+from kvstore.cli.telemetry import ingest, produce, simulate
 
 app = typer.Typer(
     name="telemetry",
@@ -38,3 +38,11 @@ app.command(
         "ingest --settings pipeline.toml --max-rejected 1%",
     )
 )(ingest.ingest)
+app.command(
+    epilog=examples(
+        "produce kafka://localhost:9092/telemetry events.jsonl",
+        "simulate --rate 1000 | kvstore telemetry produce kafka://localhost:9092/telemetry",
+        "produce kafka://localhost:9092/telemetry events.jsonl "
+        "--kafka-option schema.registry.url=http://localhost:8081",
+    )
+)(produce.produce)

@@ -96,9 +96,13 @@ def ingest(
         str | None,
         typer.Option(metavar="DURATION", help="How old an event may be; no limit if not given."),
     ] = None,
-    kafka_option: Annotated[
+    kafka_options: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="An option for librdkafka; may be repeated."),
+        typer.Option(
+            "--kafka-option",
+            metavar="NAME=VALUE",
+            help="An option for librdkafka; may be repeated.",
+        ),
     ] = None,
     accept_loss: Annotated[
         bool,
@@ -133,7 +137,7 @@ def ingest(
         "future_limit": future_limit and settled.duration_s(future_limit),
         "age_limit": age_limit and settled.duration_s(age_limit),
         "metrics_file": metrics_file,
-        "kafka": dict(map(_option, kafka_option or ())),
+        "kafka": dict(map(kafka_option, kafka_options or ())),
     }
     given = settled.load(settings) if settings else settled.Settings()
     libc.keep_freed_memory()
@@ -143,7 +147,8 @@ def ingest(
         print(json.dumps(figures(progress)))
 
 
-def _option(text: str) -> tuple[str, str]:
+def kafka_option(text: str) -> tuple[str, str]:
+    """NAME=VALUE as one option."""
     name, equals, value = text.partition("=")
     if not equals:
         raise typer.BadParameter(f"{text!r}: expected NAME=VALUE, such as group.id=ops")
