@@ -10,6 +10,7 @@ happens as JSON lines on stdout. In its commit number ``at`` it kills or stops i
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import select
@@ -20,9 +21,11 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 POINTS = ("before", "during", "after", "reply")
 ROWS_MAX = 40  # of one commit: several for each worker
-WAIT_S = 120.0
+WAIT_S = 90.0
 
 
 # ---- in the worker ----
@@ -200,10 +203,20 @@ class Worker:
 def await_that(is_so, workers=()):
     deadline_s = time.monotonic() + WAIT_S
     while not (found := is_so()):
-        assert time.monotonic() < deadline_s, [(w.told[-5:], w.errors[-5:]) for w in workers]
+        if time.monotonic() > deadline_s:
+            pytest.fail("\n".join(map(where_it_is, workers)))
         time.sleep(0.05)
     return found
 
 
+def where_it_is(worker):
+    """What a worker told last, and where it stands: Python's own word on each of its threads."""
+    if worker.process.poll() is None and not worker.is_stopped():
+        worker.process.send_signal(signal.SIGUSR1)
+        time.sleep(1)
+    return f"{worker.process.poll()}, {worker.told[-5:]}\n{''.join(worker.errors[-40:])}"
+
+
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGUSR1)
     work(json.loads(sys.argv[1]))

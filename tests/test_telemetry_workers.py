@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from telemetry_worker import POINTS, Worker, await_that
@@ -174,6 +175,60 @@ def test_of_three_workers_one_dies_and_one_sleeps_and_each_event_is_there_once(
 
 # ---- the matrix ----
 
+WHAT = {
+    "before": "before the sink was asked",
+    "during": "in the middle of the commit (half of the calls that one makes)",
+    "after": "after the commit, before anything else",
+    "reply": "after the commit, whose reply was lost: while settling",
+}
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "crash-matrix.md"
+TEXT = """# Crash matrix
+
+Written and checked by tests/test_telemetry_workers.py: `python tests/test_telemetry_workers.py >
+docs/crash-matrix.md`. Each ✓ is a test of its own, `test_crash_matrix[<sink>-<point>-<afterwards>]`,
+which CI runs with `pytest -m slow`.
+
+A worker process reads a topic of 4 partitions from a real broker into a real sink, in commits of 40
+events, and strikes itself at one point of its third commit. Afterwards the sink has to hold what a
+simple model of the input says: every reading once, the first of two that conflict, each bad event
+as one dead letter; and its own counts have to be those of the input, each event counted once.
+
+- **restart**: the worker is killed (SIGKILL), and another one started.
+- **rebalance**: the worker is killed while another one shares the partitions, and takes over its.
+- **paused worker**: the worker is stopped (SIGSTOP) until its session has expired and another one
+  has read everything; then it wakes up, in the middle of what it was about to do.
+
+| sink | the worker is struck | {columns} |
+|---|---|{rules}|
+{rows}
+
+A kvstore sink belongs to one process: a second one is refused by the writer's lock while the first
+lives, dead or asleep, so there is nobody to take over (`test_a_second_worker_cannot_open_a_store`).
+
+Beside the matrix: of three workers that share one sink, one is killed in the middle of a commit and
+one is stopped through a rebalance; and for each sink four workers in a row die at 10, 35, 65 and
+90 % of a commit. What a power cut does to each sink's files is tested elsewhere (tests/powercut).
+"""
+
+
+def page():
+    """docs/crash-matrix.md, as the cells are."""
+
+    def row(sink, point):
+        marks = ["✓" if (sink, point, each) in CELLS else "one process" for each in AFTERWARDS]
+        return f"| {sink} | {WHAT[point]} | {' | '.join(marks)} |"
+
+    return TEXT.format(
+        columns=" | ".join(AFTERWARDS),
+        rules="|".join(["---"] * len(AFTERWARDS)),
+        rows="\n".join(row(sink, point) for sink in SINKS for point in POINTS),
+    )
+
+
+def test_the_page_shows_the_cells_that_are_tested():
+    assert PAGE.read_text() == page()
+
+
 CELLS = [
     (sink, point, afterwards)
     for sink in SINKS
@@ -230,3 +285,7 @@ def test_a_second_worker_cannot_open_a_store(hire, kafka, target):
     assert second.end() != 0
     assert "StoreLocked" in "".join(second.errors)
     assert first.end() == 0
+
+
+if __name__ == "__main__":
+    print(page(), end="")

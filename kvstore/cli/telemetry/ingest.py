@@ -9,7 +9,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 import numpy as np
 import typer
@@ -104,6 +104,13 @@ def ingest(
             help="An option for librdkafka; may be repeated.",
         ),
     ] = None,
+    dead_letter_topic: Annotated[
+        str | None,
+        typer.Option(
+            metavar="kafka://HOST:PORT/TOPIC",
+            help="Send rejects there as well, after their commit, each at least once.",
+        ),
+    ] = None,
     accept_loss: Annotated[
         bool,
         typer.Option("--accept-loss", help="Go on behind what the source dropped before its turn."),
@@ -137,6 +144,7 @@ def ingest(
         "future_limit": future_limit and settled.duration_s(future_limit),
         "age_limit": age_limit and settled.duration_s(age_limit),
         "metrics_file": metrics_file,
+        "dead_letter_topic": dead_letter_topic,
         "kafka": dict(map(kafka_option, kafka_options or ())),
     }
     given = settled.load(settings) if settings else settled.Settings()
@@ -175,7 +183,7 @@ class Run:
         contract = contract_of(self.settings.contract)
         with open_sink(target, contract, kind=kind) as sink:
             sink.evolve(contract)
-            pipeline = self._pipeline(sink, contract)
+            pipeline = self._pipeline(self._publishing(sink), contract)
             with self._shown(pipeline.progress), self._metrics(pipeline.progress, target):
                 try:
                     pipeline.run()
@@ -217,6 +225,15 @@ class Run:
             sleep=self._waited,
             validator={name: value for name, value in ages.items() if value is not None},
         )
+
+    def _publishing(self, sink: Sink) -> Sink:
+        """The sink, and a topic for its dead letters if there is to be one."""
+        if self.settings.dead_letter_topic is None:
+            return sink
+        from kvstore.telemetry.dead_topic import DeadTopic, Publishing  # noqa: PLC0415
+
+        topic = DeadTopic.open(self.settings.dead_letter_topic, self.settings.kafka)
+        return cast("Sink", Publishing(sink, topic))
 
     def _kafka(self) -> dict[str, str]:
         """Options for librdkafka; the workers of a sink are one group, unless told otherwise."""
