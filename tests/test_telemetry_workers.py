@@ -186,7 +186,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "crash-matrix.md"
 TEXT = """# Crash matrix
 
 Written and checked by tests/test_telemetry_workers.py: `python tests/test_telemetry_workers.py >
-docs/crash-matrix.md`. Each ✓ is a test of its own, `test_crash_matrix[…]`, which CI runs with `pytest -m slow`.
+docs/crash-matrix.md`. Each ✓ is a test of its own, `test_crash_matrix[…]`, which CI runs with
+`pytest -m slow`.
 
 A worker process reads a topic of 4 partitions from a real broker into a real sink, in commits of 40
 events, and strikes itself at one point of its third commit. Afterwards the sink has to hold what a
