@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from kvstore.cli.telemetry import simulate
+from kvstore.cli.telemetry import ingest, simulate
 
 app = typer.Typer(
     name="telemetry",
@@ -30,3 +30,11 @@ app.command(
         "simulate --rate 1000 --events 3600000 | kvstore telemetry ingest - --store ops.kv",
     )
 )(simulate.simulate)
+app.command(
+    epilog=examples(
+        "ingest events.jsonl --store ops.kv",
+        "ingest kafka://localhost:9092/telemetry --postgres postgresql://ops@db/telemetry",
+        "ingest ops.kv --lake lake/ --follow --retry-for forever",
+        "ingest --settings pipeline.toml --max-rejected 1%",
+    )
+)(ingest.ingest)
