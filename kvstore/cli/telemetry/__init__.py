@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from kvstore.cli.telemetry import ingest, simulate
+from kvstore.cli.telemetry import contract, ingest, simulate
 
 app = typer.Typer(
     name="telemetry",
@@ -38,3 +38,13 @@ app.command(
         "ingest --settings pipeline.toml --max-rejected 1%",
     )
 )(ingest.ingest)
+
+contracts = typer.Typer(
+    help="What an event has to be, and what a new version would change.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+contracts.command(epilog=examples("contract show", "contract show mine.yaml --json"))(contract.show)
+contracts.command(epilog=examples("contract check v3.yaml v2"))(contract.check)
+contracts.command(epilog=examples("contract diff v2 v3.yaml --against ops.kv"))(contract.diff)
+app.add_typer(contracts, name="contract")
