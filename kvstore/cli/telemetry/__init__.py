@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from kvstore.cli.telemetry import contract, ingest, simulate
+from kvstore.cli.telemetry import contract, ingest, quality, simulate
 
 app = typer.Typer(
     name="telemetry",
@@ -48,3 +48,10 @@ contracts.command(epilog=examples("contract show", "contract show mine.yaml --js
 contracts.command(epilog=examples("contract check v3.yaml v2"))(contract.check)
 contracts.command(epilog=examples("contract diff v2 v3.yaml --against ops.kv"))(contract.diff)
 app.add_typer(contracts, name="contract")
+app.command(
+    epilog=examples(
+        "quality ops.kv --since 1h",
+        "quality lake/ --html report.html --fail-under 99",
+        "quality ops.kv --json | jq .dimensions",
+    )
+)(quality.quality)
