@@ -218,7 +218,7 @@ def _bars(hours: Sequence[tuple[int, Tally]]) -> str:
 
 def _round_up(count: int) -> int:
     """The next number that reads well on an axis: 1, 2, 4, 6, 8, 10 times a power of ten."""
-    power = 10 ** (len(str(count)) - 1)
+    power: int = 10 ** (len(str(count)) - 1)
     return next(step * power for step in (1, 2, 4, 6, 8, 10) if step * power >= count)
 
 
