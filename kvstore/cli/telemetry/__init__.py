@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from kvstore.cli.telemetry import ingest, simulate
+from kvstore.cli.telemetry import audit, ingest, query, rejects, simulate
 
 app = typer.Typer(
     name="telemetry",
@@ -38,3 +38,11 @@ app.command(
         "ingest --settings pipeline.toml --max-rejected 1%",
     )
 )(ingest.ingest)
+app.command(
+    epilog=examples(
+        "query ops.kv --device sensor-123 --last 1h",
+        "query ops.kv --start 2025-01-20T10:00 --stop 2025-01-20T11:00 --format jsonl --lineage",
+    )
+)(query.query)
+app.add_typer(rejects.app)
+app.command(epilog=examples("audit events.jsonl ops.kv"))(audit.audit)
