@@ -53,14 +53,14 @@ def open_sink(
         return StreamSink.open(target, contract, mode=mode)
     if mode == "r" and kind == "lake" and "://" not in target and not Path(target).is_dir():
         raise SinkError(f"{target}: neither a store nor a lake; expected a folder that is there")
-    return cast("Sink", _opener(kind)(target, contract))
-
-
-def _opener(kind: Kind) -> Any:
     if kind == "postgres":
         from kvstore.telemetry.sinks.postgres import PostgresSink  # noqa: PLC0415
 
-        return PostgresSink.open
+        return PostgresSink.open(target, contract, mode=mode)
+    return cast("Sink", _opener()(target, contract))
+
+
+def _opener() -> Any:
     from kvstore.telemetry.sinks.iceberg import IcebergSink  # noqa: PLC0415
 
     return IcebergSink.open
