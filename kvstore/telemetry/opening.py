@@ -86,9 +86,7 @@ def open_source(
     if others[0].startswith("kafka://"):
         from kvstore.telemetry.sources.kafka import KafkaSource  # noqa: PLC0415
 
-        return cast(
-            "Source", KafkaSource(others[0], config=dict(kafka or {}), accept_loss=accept_loss)
-        )
+        return KafkaSource.open(others[0], kafka or {}, accept_loss=accept_loss, report=report)
     from kvstore.telemetry.sources.stream import StreamSource  # noqa: PLC0415
 
     return StreamSource(others[0], follow=follow, accept_loss=accept_loss, report=report)

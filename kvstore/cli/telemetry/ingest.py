@@ -201,7 +201,7 @@ class Run:
                 follow=given.follow,
                 report=self._report,
                 accept_loss=given.accept_loss,
-                kafka=given.kafka,
+                kafka=self._kafka(),
             ),
             sink,
             contract,
@@ -212,6 +212,14 @@ class Run:
             sleep=self._waited,
             validator={name: value for name, value in ages.items() if value is not None},
         )
+
+    def _kafka(self) -> dict[str, str]:
+        """Options for librdkafka; the workers of a sink are one group, unless told otherwise."""
+        if not any(name.startswith("kafka://") for name in self.settings.source):
+            return {}
+        from kvstore.telemetry.kafka import group_of  # noqa: PLC0415
+
+        return {"group.id": group_of(*self.settings.sink), **self.settings.kafka}
 
     def _report(self, event: Event) -> None:
         if event.name not in _QUIET or self.log.shape == "json":
