@@ -22,7 +22,9 @@ from kvstore.errors import SourceError
 
 SCHEME: Final = "kafka"
 ANSWER_S: Final = 15.0  # for a question to the cluster: a broker's own limit for most is 10 s
-REGISTRY: Final = "schema.registry.url"  # among librdkafka's options, as Confluent's clients have it
+REGISTRY: Final = (
+    "schema.registry.url"  # among librdkafka's options, as Confluent's clients have it
+)
 _PREFIX: Final = "KVSTORE_KAFKA_"
 _TOPIC: Final = re.compile(r"[a-zA-Z0-9._-]{1,249}")  # Kafka's own rule
 _NO_ID: Final = "AAAAAAAAAAAAAAAAAAAAAA"  # all zeros: a broker older than topic ids

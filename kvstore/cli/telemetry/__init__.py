@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from kvstore.cli.telemetry import audit, ingest, query, rejects, simulate
+from kvstore.cli.telemetry import audit, check, demo, ingest, query, rejects, simulate
 
 app = typer.Typer(
     name="telemetry",
@@ -46,3 +46,10 @@ app.command(
 )(query.query)
 app.add_typer(rejects.app)
 app.command(epilog=examples("audit events.jsonl ops.kv"))(audit.audit)
+app.command(
+    epilog=examples(
+        "check events.jsonl --store ops.kv",
+        "check kafka://localhost:9092/telemetry --postgres postgresql://ops@db/telemetry",
+    )
+)(check.check)
+app.command(epilog=examples("demo", "demo --dir demo/ --events 20000"))(demo.demo)
