@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import typer
 
-from kvstore.cli.telemetry import contract, ingest, quality, simulate
+from kvstore.cli.telemetry import (
+    audit,
+    check,
+    contract,
+    demo,
+    ingest,
+    quality,
+    query,
+    rejects,
+    simulate,
+)
 
 app = typer.Typer(
     name="telemetry",
@@ -55,3 +65,18 @@ app.command(
         "quality ops.kv --json | jq .dimensions",
     )
 )(quality.quality)
+app.command(
+    epilog=examples(
+        "query ops.kv --device sensor-123 --last 1h",
+        "query ops.kv --start 2025-01-20T10:00 --stop 2025-01-20T11:00 --format jsonl --lineage",
+    )
+)(query.query)
+app.add_typer(rejects.app)
+app.command(epilog=examples("audit events.jsonl ops.kv"))(audit.audit)
+app.command(
+    epilog=examples(
+        "check events.jsonl --store ops.kv",
+        "check kafka://localhost:9092/telemetry --postgres postgresql://ops@db/telemetry",
+    )
+)(check.check)
+app.command(epilog=examples("demo", "demo --dir demo/ --events 20000"))(demo.demo)
