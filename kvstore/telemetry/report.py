@@ -30,7 +30,8 @@ import numpy as np
 from kvstore.telemetry import counts as names
 from kvstore.telemetry.contract import Contract
 from kvstore.telemetry.qartod import HOUR_US, DeviceSeries, Series
-from kvstore.telemetry.records import DeadLetter, Place, Position, State
+from kvstore.telemetry.records import DeadLetter, Position, State
+from kvstore.telemetry.rejects import name_of
 from kvstore.telemetry.sink import Sink
 
 if TYPE_CHECKING:
@@ -91,10 +92,9 @@ _TOLD_APART: Final = {names.RECEIVED, names.STORED, names.DUPLICATES, names.REJE
 
 
 class Example(NamedTuple):
-    """A dead letter, by what it can be looked up with."""
+    """A dead letter, by the name that ``rejects show`` takes, and what was found in it."""
 
-    place: Place
-    offset: int
+    name: str
     found: str
 
 
@@ -368,5 +368,6 @@ def _reasons(
             report.states[letter.state] += 1
             if len(report.examples) < EXAMPLES_MAX:
                 what = f"{reason.field}: {reason.found}" if reason.field else reason.found
-                report.examples.append(Example(rejection.place, rejection.offset, what))
+                name = name_of(rejection.place, rejection.offset)
+                report.examples.append(Example(name, what))
     return sorted(found.values(), key=lambda each: (-each.events, each.code))

@@ -228,19 +228,18 @@ def _reasons(report: Report) -> Iterator[str]:
         yield '<p class="soft">none</p>'
         return
     yield '<p class="soft">One event may have several. A dead letter is looked up with '
-    yield f"<code>kvstore telemetry rejects show {escape(report.sink)}</code>.</p>"
+    yield f"<code>kvstore telemetry rejects show {escape(report.sink)} NAME</code>.</p>"
     top = max(each.events for each in report.reasons) or 1
     yield '<div class="wide"><table><tr><th>reason</th><th></th><th class="n">events</th>'
     yield '<th class="n">open</th><th class="n">replayed</th><th class="n">discarded</th>'
-    yield "<th>the first ones: source, partition, offset, what was found</th></tr>"
+    yield "<th>the first ones: name, what was found</th></tr>"
     for each in report.reasons:
         bar = (
             '<svg viewBox="0 0 100 10" style="width:7rem" preserveAspectRatio="none"><rect '
             f'width="{100 * each.events / top:.1f}" height="10" fill="var(--rejected)"/></svg>'
         )
         examples = "<br>".join(
-            f"<code>{escape(place.source)} {place.partition} {offset}</code> {escape(found)}"
-            for place, offset, found in each.examples
+            f"<code>{escape(name)}</code> {escape(found)}" for name, found in each.examples
         )
         states = "".join(f'<td class="n">{each.states[state]:,}</td>' for state in State)
         yield (

@@ -132,10 +132,7 @@ def lines(report: Report) -> Iterator[str]:
         yield "Rejected"
     for each in report.reasons:
         states = ", ".join(f"{count:,} {state}" for state, count in each.states.items())
-        where = ""
-        if each.examples:
-            place, offset, _ = each.examples[0]
-            where = f"; first at {place.source} {place.partition} {offset}"
+        where = f"; such as {each.examples[0].name}" if each.examples else ""
         yield f"  {each.code:14} {each.events:8,}  {states}{where}"
     yield from _device_lines(report)
 
@@ -181,13 +178,7 @@ def plain(report: Report) -> dict[str, Any]:
                 "events": each.events,
                 **{str(state): count for state, count in each.states.items()},
                 "examples": [
-                    {
-                        "source": example.place.source,
-                        "partition": example.place.partition,
-                        "offset": example.offset,
-                        "found": example.found,
-                    }
-                    for example in each.examples
+                    {"name": example.name, "found": example.found} for example in each.examples
                 ],
             }
             for each in report.reasons
