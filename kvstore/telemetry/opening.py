@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from kvstore.errors import SinkError, SourceError
 from kvstore.events import Report
-from kvstore.telemetry.sink import Sink
-from kvstore.telemetry.source import Source
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # contract.py loads yaml, and commands load this module for their --help
     from kvstore.telemetry.contract import Contract
+    from kvstore.telemetry.sink import Sink
+    from kvstore.telemetry.source import Source
 
 Kind = Literal["store", "postgres", "lake"]
 Mode = Literal["r", "w"]

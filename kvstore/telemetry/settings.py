@@ -68,7 +68,8 @@ class Settings:
 
     def changed(self, flags: Mapping[str, Any]) -> Settings:
         """These settings with those flags that were given; another sink replaces the file's."""
-        given = {name: value for name, value in flags.items() if value not in (None, False, (), {})}
+        given = {name: value for name, value in flags.items() if value or value == 0.0}
+        given = {name: value for name, value in given.items() if value is not False}
         if given.keys() & set(SINKS):
             given = dict.fromkeys(SINKS) | given
         if "kafka" in given:
@@ -76,7 +77,7 @@ class Settings:
         return replace(self, **given)
 
 
-_DURATIONS: Final = {"batch_wait", "retry_for", "future_limit", "age_limit"}
+DURATIONS: Final = frozenset({"batch_wait", "retry_for", "future_limit", "age_limit"})
 _KINDS: Final = {
     "follow": bool, "accept_loss": bool, "batch_rows": int, "source": list, "kafka": dict,
 }  # fmt: skip
@@ -116,7 +117,7 @@ def _value(name: str, value: Any, environ: Mapping[str, str]) -> Any:
     if not isinstance(value, str):
         return value
     text = expanded(value, environ)
-    return duration_s(text) if name in _DURATIONS else text
+    return duration_s(text) if name in DURATIONS else text
 
 
 _WORDS: Final = {

@@ -8,7 +8,18 @@ from __future__ import annotations
 
 import typer
 
-from kvstore.cli.telemetry import ingest, produce, simulate
+from kvstore.cli.telemetry import (
+    audit,
+    check,
+    contract,
+    demo,
+    ingest,
+    produce,
+    quality,
+    query,
+    rejects,
+    simulate,
+)
 
 app = typer.Typer(
     name="telemetry",
@@ -46,3 +57,35 @@ app.command(
         "--kafka-option schema.registry.url=http://localhost:8081",
     )
 )(produce.produce)
+
+contracts = typer.Typer(
+    help="What an event has to be, and what a new version would change.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+contracts.command(epilog=examples("contract show", "contract show mine.yaml --json"))(contract.show)
+contracts.command(epilog=examples("contract check v3.yaml v2"))(contract.check)
+contracts.command(epilog=examples("contract diff v2 v3.yaml --against ops.kv"))(contract.diff)
+app.add_typer(contracts, name="contract")
+app.command(
+    epilog=examples(
+        "quality ops.kv --since 1h",
+        "quality lake/ --html report.html --fail-under 99",
+        "quality ops.kv --json | jq .dimensions",
+    )
+)(quality.quality)
+app.command(
+    epilog=examples(
+        "query ops.kv --device sensor-123 --last 1h",
+        "query ops.kv --start 2025-01-20T10:00 --stop 2025-01-20T11:00 --format jsonl --lineage",
+    )
+)(query.query)
+app.add_typer(rejects.app)
+app.command(epilog=examples("audit events.jsonl ops.kv"))(audit.audit)
+app.command(
+    epilog=examples(
+        "check events.jsonl --store ops.kv",
+        "check kafka://localhost:9092/telemetry --postgres postgresql://ops@db/telemetry",
+    )
+)(check.check)
+app.command(epilog=examples("demo", "demo --dir demo/ --events 20000"))(demo.demo)

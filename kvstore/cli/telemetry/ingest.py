@@ -6,6 +6,7 @@ import json
 import select
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,35 +128,53 @@ def ingest(
     The sink keeps how far the source was read, in the same commit as the rows. What the contract
     refuses becomes a dead letter: see `kvstore telemetry rejects`.
     """
-    from kvstore.telemetry import settings as settled  # noqa: PLC0415
-
-    flags = {
-        "source": tuple(map(settled.without_password, source or ())),
-        "store": store,
-        "postgres": postgres and settled.expanded(settled.without_password(postgres)),
-        "lake": lake and settled.expanded(settled.without_password(lake)),
-        "contract": contract,
-        "follow": follow,
-        "accept_loss": accept_loss,
-        "batch_rows": batch_rows,
-        "batch_wait": batch_wait and settled.duration_s(batch_wait),
-        "retry_for": retry_for and settled.duration_s(retry_for),
-        "max_rejected": max_rejected,
-        "future_limit": future_limit and settled.duration_s(future_limit),
-        "age_limit": age_limit and settled.duration_s(age_limit),
-        "metrics_file": metrics_file,
-        "dead_letter_topic": dead_letter_topic,
-        "kafka": dict(map(kafka_option, kafka_options or ())),
-    }
-    given = settled.load(settings) if settings else settled.Settings()
+    given = options(
+        settings,
+        source=source,
+        store=store,
+        postgres=postgres,
+        lake=lake,
+        contract=contract,
+        follow=follow,
+        accept_loss=accept_loss,
+        batch_rows=batch_rows,
+        batch_wait=batch_wait,
+        retry_for=retry_for,
+        max_rejected=max_rejected,
+        future_limit=future_limit,
+        age_limit=age_limit,
+        metrics_file=metrics_file,
+        dead_letter_topic=dead_letter_topic,
+        kafka_option=kafka_option,
+    )
     libc.keep_freed_memory()
     with stop_signal() as stop:
-        progress = Run(given.changed(flags), Log(log_format), stop).run()
+        progress = Run(given, Log(log_format), stop).run()
     if as_json:
         print(json.dumps(figures(progress)))
 
 
-def kafka_option(text: str) -> tuple[str, str]:
+def options(
+    file: Path | None,
+    *,
+    source: Sequence[str] | None,
+    kafka_option: Sequence[str] | None,
+    **flags: Any,
+) -> Settings:
+    """What flags and file say together; passwords on the command line are refused."""
+    from kvstore.telemetry import settings as settled  # noqa: PLC0415
+
+    for kind in settled.SINKS:
+        if flags[kind] is not None:
+            flags[kind] = settled.expanded(settled.without_password(flags[kind]))
+    for name in settled.DURATIONS & flags.keys():
+        flags[name] = None if flags[name] is None else settled.duration_s(flags[name])
+    flags["source"] = tuple(map(settled.without_password, source or ()))
+    flags["kafka"] = dict(map(named_option, kafka_option or ()))
+    return (settled.load(file) if file else settled.Settings()).changed(flags)
+
+
+def named_option(text: str) -> tuple[str, str]:
     """NAME=VALUE as one option."""
     name, equals, value = text.partition("=")
     if not equals:
