@@ -179,7 +179,9 @@ def test_the_sink_alone_says_where_reading_begins(kafka):
     notebook = Notebook()
     with reading(kafka, topic, notebook) as source:
         read_until(source, notebook, lambda: notebook.count == 20)
-        read_until(source, notebook, lambda: kafka.group_offsets("g-" + topic, topic, 2) == [10, 10])
+        read_until(
+            source, notebook, lambda: kafka.group_offsets("g-" + topic, topic, 2) == [10, 10]
+        )
     again = Notebook()
     for place, position in notebook.positions.items():
         if place.partition == 0:

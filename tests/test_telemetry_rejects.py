@@ -125,7 +125,7 @@ def test_what_passes_a_wider_contract_becomes_readings_once(sink):
     after = totals(sink)
     assert after == {
         "received": 10, "stored": 4, "duplicates": 2, "rejected": 4,
-        "reason:conflict": 2, "reason:json": 1, "reason:utf8": 1,
+        "reason:conflict": 2, "reason:json": 1, "reason:utf8": 1, "reason:missing": 1,
     }  # fmt: skip
     assert balanced_by_device_and_hour(sink)
     again = replay(sink, WIDE)

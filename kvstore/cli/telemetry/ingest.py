@@ -179,11 +179,12 @@ class Run:
 
     def run(self) -> Progress:
         """Until the source ends or a signal comes; says what came of it."""
-        from kvstore.telemetry.opening import open_sink, redacted  # noqa: PLC0415
+        from kvstore.telemetry.opening import check_sources, open_sink, redacted  # noqa: PLC0415
 
         kind, target = self.settings.sink
         if not self.settings.source:
             raise SettingsError("no source given; expected files, -, kafka://… or a store")
+        check_sources(self.settings.source)
         if "-" in self.settings.source and sys.stdin.isatty():
             raise typer.BadParameter("stdin is a terminal: pipe events in, or name files")
         contract = contract_of(self.settings.contract)
