@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import typer
 
-from kvstore.cli.telemetry import audit, check, demo, ingest, query, rejects, simulate
+from kvstore.cli.telemetry import (
+    audit,
+    check,
+    contract,
+    demo,
+    ingest,
+    quality,
+    query,
+    rejects,
+    simulate,
+)
 
 app = typer.Typer(
     name="telemetry",
@@ -38,6 +48,23 @@ app.command(
         "ingest --settings pipeline.toml --max-rejected 1%",
     )
 )(ingest.ingest)
+
+contracts = typer.Typer(
+    help="What an event has to be, and what a new version would change.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+contracts.command(epilog=examples("contract show", "contract show mine.yaml --json"))(contract.show)
+contracts.command(epilog=examples("contract check v3.yaml v2"))(contract.check)
+contracts.command(epilog=examples("contract diff v2 v3.yaml --against ops.kv"))(contract.diff)
+app.add_typer(contracts, name="contract")
+app.command(
+    epilog=examples(
+        "quality ops.kv --since 1h",
+        "quality lake/ --html report.html --fail-under 99",
+        "quality ops.kv --json | jq .dimensions",
+    )
+)(quality.quality)
 app.command(
     epilog=examples(
         "query ops.kv --device sensor-123 --last 1h",
