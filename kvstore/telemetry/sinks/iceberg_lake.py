@@ -17,9 +17,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import pyarrow as pa
 import sqlalchemy
 from pyiceberg.catalog import load_catalog
 from pyiceberg.exceptions import (
@@ -33,13 +32,16 @@ from pyiceberg.expressions import AlwaysTrue
 from pyiceberg.io.pyarrow import ArrowScan
 from pyiceberg.partitioning import PartitionField, PartitionSpec
 from pyiceberg.table import Transaction
-from pyiceberg.table.update.schema import UpdateSchema
 from pyiceberg.transforms import BucketTransform, DayTransform
 from pyiceberg.types import DoubleType
 
 from kvstore.errors import CommitUnknown, KvstoreError, SinkError
 from kvstore.telemetry.contract import Contract
 from kvstore.telemetry.sinks import iceberg_rows as rows
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyiceberg.table.update.schema import UpdateSchema
 
 NAMESPACE: Final = "telemetry"
 READINGS: Final = "readings"
@@ -61,7 +63,7 @@ _PROPERTIES: Final = {
 }
 
 
-class LostRace(Exception):  # noqa: N818
+class LostRace(Exception):
     """Somebody else changed the table first; nothing happened. Load it again and decide again."""
 
 
@@ -234,14 +236,18 @@ def raced(attempt: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def translated(location: str) -> Iterator[None]:
-    """Errors of the libraries below as ours."""
+def translated(location: str, *, missing: type[Exception] = SinkError) -> Iterator[None]:
+    """Errors of the libraries below as ours.
+
+    missing: for a file that is not there: LostRace where the table may have been compacted since
+    it was loaded, so that loading it again helps.
+    """
     try:
         yield
     except (KvstoreError, LostRace):
         raise
     except FileNotFoundError as error:
-        raise SinkError(f"{location}: a file of the lake is missing: {error}") from error
+        raise missing(f"{location}: a file of the lake is missing: {error}") from error
     except Exception as error:
         raise SinkError(f"{location}: {type(error).__name__}: {error}") from error
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from pyiceberg.conversions import from_bytes
 from pyiceberg.expressions import And, GreaterThanOrEqual, LessThanOrEqual
 from pyiceberg.manifest import ManifestContent
@@ -22,6 +21,9 @@ from pyiceberg.types import TimestamptzType
 
 from kvstore.telemetry.sinks import iceberg_rows as rows
 from kvstore.telemetry.sinks.iceberg_lake import scan
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Partition = tuple[int, int]  # days since 1970, bucket of the device
 
