@@ -304,7 +304,9 @@ def _unknown(event: Mapping[str, Any], contract: Contract, findings: Findings) -
 def _printable(value: Any) -> str:
     """Short, and without what a terminal or a database would choke on."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    shown = "".join(_characters(text[: FOUND_CHARS_MAX + 1]))
+    shown = text[: FOUND_CHARS_MAX + 1]
+    if not shown.isprintable():
+        shown = "".join(_characters(shown))
     return shown if len(shown) <= FOUND_CHARS_MAX else shown[: FOUND_CHARS_MAX - 1] + "…"
 
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from kvstore.errors import SinkError, SourceError
 from kvstore.events import Report
-from kvstore.telemetry.sink import Sink
-from kvstore.telemetry.source import Source
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # contract.py loads yaml, and commands load this module for their --help
     from kvstore.telemetry.contract import Contract
+    from kvstore.telemetry.sink import Sink
+    from kvstore.telemetry.source import Source
 
 Kind = Literal["store", "postgres", "lake"]
 Mode = Literal["r", "w"]
@@ -53,14 +53,14 @@ def open_sink(
         return StreamSink.open(target, contract, mode=mode)
     if mode == "r" and kind == "lake" and "://" not in target and not Path(target).is_dir():
         raise SinkError(f"{target}: neither a store nor a lake; expected a folder that is there")
-    return cast("Sink", _opener(kind)(target, contract))
-
-
-def _opener(kind: Kind) -> Any:
     if kind == "postgres":
         from kvstore.telemetry.sinks.postgres import PostgresSink  # noqa: PLC0415
 
-        return PostgresSink.open
+        return PostgresSink.open(target, contract, mode=mode)
+    return cast("Sink", _opener()(target, contract))
+
+
+def _opener() -> Any:
     from kvstore.telemetry.sinks.iceberg import IcebergSink  # noqa: PLC0415
 
     return IcebergSink.open
@@ -86,9 +86,7 @@ def open_source(
     if others[0].startswith("kafka://"):
         from kvstore.telemetry.sources.kafka import KafkaSource  # noqa: PLC0415
 
-        return cast(
-            "Source", KafkaSource(others[0], config=dict(kafka or {}), accept_loss=accept_loss)
-        )
+        return KafkaSource.open(others[0], kafka or {}, accept_loss=accept_loss, report=report)
     from kvstore.telemetry.sources.stream import StreamSource  # noqa: PLC0415
 
     return StreamSource(others[0], follow=follow, accept_loss=accept_loss, report=report)

@@ -320,7 +320,8 @@ class Pipeline:
         progress.duplicates += outcome.duplicates
         progress.rejected += outcome.rejected
         progress.conflicts += outcome.conflicts
-        progress.reasons.update(r.code for each in work.rejections for r in each.reasons)
+        for each in work.rejections:  # a code counts once for each event, as in counts.py
+            progress.reasons.update({reason.code for reason in each.reasons})
         if outcome.conflicts:
             progress.reasons[counts.CONFLICT] += outcome.conflicts
         progress.late += sum(count.value for count in work.seen if count.name == counts.LATE)

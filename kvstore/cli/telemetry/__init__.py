@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from kvstore.cli.telemetry import simulate
+from kvstore.cli.telemetry import audit, check, demo, ingest, query, rejects, simulate
 
 app = typer.Typer(
     name="telemetry",
@@ -30,3 +30,26 @@ app.command(
         "simulate --rate 1000 --events 3600000 | kvstore telemetry ingest - --store ops.kv",
     )
 )(simulate.simulate)
+app.command(
+    epilog=examples(
+        "ingest events.jsonl --store ops.kv",
+        "ingest kafka://localhost:9092/telemetry --postgres postgresql://ops@db/telemetry",
+        "ingest ops.kv --lake lake/ --follow --retry-for forever",
+        "ingest --settings pipeline.toml --max-rejected 1%",
+    )
+)(ingest.ingest)
+app.command(
+    epilog=examples(
+        "query ops.kv --device sensor-123 --last 1h",
+        "query ops.kv --start 2025-01-20T10:00 --stop 2025-01-20T11:00 --format jsonl --lineage",
+    )
+)(query.query)
+app.add_typer(rejects.app)
+app.command(epilog=examples("audit events.jsonl ops.kv"))(audit.audit)
+app.command(
+    epilog=examples(
+        "check events.jsonl --store ops.kv",
+        "check kafka://localhost:9092/telemetry --postgres postgresql://ops@db/telemetry",
+    )
+)(check.check)
+app.command(epilog=examples("demo", "demo --dir demo/ --events 20000"))(demo.demo)
