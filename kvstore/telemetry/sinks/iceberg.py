@@ -18,7 +18,8 @@ nothing refers to after days, behind a snapshot of its own, after which no old c
     iceberg_state  positions, epochs, the head    iceberg_keys   the anti-join
     iceberg_side   dead letters and counts        iceberg_scan   data files by partition and time
     iceberg_rows   records <-> Arrow              iceberg_write  rows -> a data file
-    iceberg_commit one snapshot of ours           iceberg_maintain  compact, expire, remove
+    iceberg_commit one snapshot of ours           iceberg_view   reading, as a snapshot has it
+    iceberg_maintain  compact, expire, remove     iceberg_compare  values of one identity
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import numpy as np
-from pyiceberg.expressions import And, EqualTo
 
 from kvstore.errors import Fenced
 from kvstore.telemetry import counts
@@ -51,7 +51,6 @@ from kvstore.telemetry.records import (
     State,
     Work,
 )
-from kvstore.telemetry.sinks import iceberg_rows as rows
 from kvstore.telemetry.sinks import iceberg_side as side
 from kvstore.telemetry.sinks import iceberg_state as states
 from kvstore.telemetry.sinks.iceberg_commit import Step, advance, loaded
@@ -66,23 +65,18 @@ from kvstore.telemetry.sinks.iceberg_lake import (
     open_lake,
     raced,
     races,
-    scan,
     translated,
 )
 from kvstore.telemetry.sinks.iceberg_scan import (
     DataFile,
     Files,
-    between,
-    in_slices,
-    tasks,
 )
+from kvstore.telemetry.sinks.iceberg_view import View, view
 from kvstore.telemetry.sinks.iceberg_write import write
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from numpy.typing import NDArray
 
-READ_ROWS_MAX: Final = 250_000  # of a batch that is read
 REUSE_S: Final = 600  # files written longer ago may have been taken for garbage
 
 
@@ -256,10 +250,13 @@ class IcebergSink:
         device_id: str | None = None,
     ) -> Iterator[Readings]:
         """Readings with start_us <= ts_us < stop_us, in order of time, then of device."""
-        table = self._lake.table()
-        with translated(self._lake.location):
-            files = self._files.of(table)
-        yield from read_table(table, files, start_us, stop_us, device_id=device_id)
+        now = view(self._lake, self._files)
+        assert now is not None
+        yield from now.read(start_us, stop_us, device_id=device_id)
+
+    def view(self, snapshot: int | None = None) -> View | None:
+        """The readings as one snapshot has them, whatever is written since; None where expired."""
+        return view(self._lake, self._files, snapshot)
 
     # ---- dead letters and counts ----
 
@@ -310,53 +307,3 @@ def _conflict(work: Work, number: int) -> Rejection:
         device_id=readings.device_id[number],
         ts_us=int(readings.ts_us[number]),
     )
-
-
-# ---- reading ----
-
-
-def read_table(
-    table: Any,
-    files: Sequence[DataFile],
-    start_us: int | None = None,
-    stop_us: int | None = None,
-    *,
-    device_id: str | None = None,
-) -> Iterator[Readings]:
-    """Readings of a table as it was loaded, in order of time, then of device."""
-    start = -(1 << 63) if start_us is None else start_us
-    stop = (1 << 63) - 1 if stop_us is None else stop_us
-    location = str(table.location())
-    for low, high in days_of(files, start, stop):
-        near = [file for file in files if file.overlaps(low, high - 1)]
-        with translated(location):
-            slices = list(in_slices(table, near, low, high, READ_ROWS_MAX))
-        for first, last in slices:
-            with translated(location):
-                found = _slice(table, near, first, last, device_id)
-            if len(found):
-                yield rows.from_arrow(found, table.schema())
-
-
-def _slice(
-    table: Any, files: Sequence[DataFile], first: int, last: int, device_id: str | None
-) -> pa.Table:
-    where = between(first, last)
-    if device_id is not None:
-        where = And(where, EqualTo(rows.DEVICE, device_id))
-    wanted = [file for file in files if file.overlaps(first, last)]
-    found = scan(table, tasks(table, wanted), table.schema().column_names, where)
-    return found.sort_by([(rows.TS, "ascending"), (rows.DEVICE, "ascending")])
-
-
-def days_of(files: Sequence[DataFile], start_us: int, stop_us: int) -> Iterator[tuple[int, int]]:
-    """Spans [low, high) that part the files of one partition from the others: days with rows."""
-    day_us = 86_400_000_000
-    days = {file.partition[0] for file in files if file.partition}
-    for file in files:
-        if not file.partition:  # another tool's layout
-            days |= set(range(file.first_us // day_us, file.last_us // day_us + 1))
-    for day in sorted(days):
-        low, high = max(start_us, day * day_us), min(stop_us, (day + 1) * day_us)
-        if low < high:
-            yield low, high

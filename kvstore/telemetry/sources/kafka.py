@@ -49,7 +49,9 @@ if TYPE_CHECKING:
     from kvstore.telemetry.avro import Decoder
 
 QUEUE_BYTES: Final = 32 << 20  # prefetched and not yet polled: a second at 300 MB/s is not needed
-SLICE_EVENTS: Final = 2_000  # asked for at once; what overshoots bytes_max is held for the next poll
+SLICE_EVENTS: Final = (
+    2_000  # asked for at once; what overshoots bytes_max is held for the next poll
+)
 SLICE_S: Final = 0.1  # so that a signal is seen: nothing interrupts librdkafka while it waits
 IDLE_CHECK_S: Final = 5.0  # between two looks at the topic's id while no events come
 
@@ -425,7 +427,9 @@ class KafkaSource:
             after,
             keys=[message.key() for message in messages],
             headers=headers,
-            appended_us=np.array(stamps_ms, np.int64) * 1000 if min(stamps_ms, default=0) >= 0 else None,
+            appended_us=np.array(stamps_ms, np.int64) * 1000
+            if min(stamps_ms, default=0) >= 0
+            else None,
         )
 
     # ---- small things ----
