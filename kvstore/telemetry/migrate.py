@@ -44,7 +44,6 @@ from kvstore.telemetry.sinks.iceberg_view import View
 ROWS_MAX: Final = 100_000  # of a commit: some 30 MB as records
 SHIFT_US: Final = 10**16  # positions are never negative, times before 1970 are
 DIFFERENCES_MAX: Final = 1000  # that are kept to be shown; all are counted
-CHECKS_MAX: Final = 3  # of a day that differs: live rows arrive on one side first
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,27 +248,19 @@ def verify(
     *,
     on_day: Callable[[int], None] = lambda _day_us: None,
 ) -> Verdict:
-    """Compare both sides. A day that differs is looked at again: rows arrive while we read."""
-    verdict = Verdict()
-    for day_us, rows, differences in _compared(lake, target, window):
+    """Compare both sides. Days that differ are compared again at the end: rows arrive meanwhile."""
+    verdict, doubtful = Verdict(), []
+    for day_us, rows, found in _compared(lake, target, window):
         on_day(day_us)
         verdict.days += 1
         verdict.rows += rows
-        found = _settled(lake, target, _within(window, day_us), differences)
-        verdict.differing += len({each.device_id for each in found})
-        verdict.differences += found[: DIFFERENCES_MAX - len(verdict.differences)]
+        if found:
+            doubtful.append(day_us)
+    for day_us in doubtful:
+        for _, _, found in _compared(lake, target, _within(window, day_us)):
+            verdict.differing += len({each.device_id for each in found})
+            verdict.differences += found[: DIFFERENCES_MAX - len(verdict.differences)]
     return verdict
-
-
-def _settled(
-    lake: IcebergSink, target: Sink, day: Window, differences: list[Difference]
-) -> list[Difference]:
-    """What still differs once a day was looked at some more times."""
-    for _ in range(CHECKS_MAX - 1):
-        if not differences:
-            break
-        differences = next((found for *_, found in _compared(lake, target, day)), [])
-    return differences
 
 
 def _compared(
