@@ -47,7 +47,7 @@ class Column(NamedTuple):
         return Column(
             self.nulls + other.nulls,
             min(lows, default=None),
-            max(highs, default=None),  # type: ignore[type-var]
+            max(highs, default=None),
             (self.hash + other.hash) & _WRAP,
         )
 

@@ -35,7 +35,6 @@ import numpy as np
 
 from kvstore.errors import Fenced
 from kvstore.telemetry import counts
-from kvstore.telemetry.contract import Contract
 from kvstore.telemetry.records import (
     Claim,
     Count,
@@ -67,6 +66,7 @@ from kvstore.telemetry.sinks.iceberg_lake import (
     races,
     translated,
 )
+from kvstore.telemetry.sinks.iceberg_preflight import preflight
 from kvstore.telemetry.sinks.iceberg_scan import (
     DataFile,
     Files,
@@ -76,6 +76,10 @@ from kvstore.telemetry.sinks.iceberg_write import write
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from kvstore.telemetry.contract import Contract
+
+__all__ = ["IcebergSink", "preflight"]
 
 REUSE_S: Final = 600  # files written longer ago may have been taken for garbage
 

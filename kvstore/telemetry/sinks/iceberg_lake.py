@@ -36,12 +36,13 @@ from pyiceberg.transforms import BucketTransform, DayTransform
 from pyiceberg.types import DoubleType
 
 from kvstore.errors import CommitUnknown, KvstoreError, SinkError
-from kvstore.telemetry.contract import Contract
 from kvstore.telemetry.sinks import iceberg_rows as rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyiceberg.table.update.schema import UpdateSchema
+
+    from kvstore.telemetry.contract import Contract
 
 NAMESPACE: Final = "telemetry"
 READINGS: Final = "readings"
@@ -171,13 +172,11 @@ def _make_tables(catalog: Any, contract: Contract | None, buckets: int) -> None:
 
 def evolve(lake: Lake, contract: Contract) -> None:
     """Add the columns of the contract that the readings lack, as nullable ones."""
-    wanted = rows.value_columns(contract)
     for attempt in races():
         table = lake.table()
-        for name, kind in wanted:
-            _check_type(table.schema(), name, kind)
+        check_types(table, contract)
         present = {field.name for field in table.schema().fields}
-        if all(name in present for name, _ in wanted):
+        if present.issuperset(name for name, _ in rows.value_columns(contract)):
             return
         transaction = Change(table)
         with translated(lake.location):
@@ -188,14 +187,16 @@ def evolve(lake: Lake, contract: Contract) -> None:
             return
 
 
-def _check_type(schema: Any, name: str, kind: Any) -> None:
-    found = schema.as_struct().field_by_name(name)
-    if found is not None and found.field_type != kind:
-        words = {True: "a number", False: "text"}
-        raise SinkError(
-            f"the lake's column {name!r} is {words[found.field_type == DoubleType()]}, and "
-            f"{words[kind == DoubleType()]} in the contract: give the field another name"
-        )
+def check_types(table: Any, contract: Contract) -> None:
+    """SinkError where a column is a number and its field of the contract text, or turned round."""
+    words = {True: "a number", False: "text"}
+    for name, kind in rows.value_columns(contract):
+        found = table.schema().as_struct().field_by_name(name)
+        if found is not None and found.field_type != kind:
+            raise SinkError(
+                f"the lake's column {name!r} is {words[found.field_type == DoubleType()]}, and "
+                f"{words[kind == DoubleType()]} in the contract: give the field another name"
+            )
 
 
 # ---- changing a table ----

@@ -28,7 +28,6 @@ from pyiceberg.table import FileScanTask
 from pyiceberg.table.update.snapshot import ExpireSnapshots
 
 from kvstore.errors import SinkError
-from kvstore.telemetry.records import Position
 from kvstore.telemetry.sinks import iceberg_rows as rows
 from kvstore.telemetry.sinks import iceberg_side as side
 from kvstore.telemetry.sinks import iceberg_state as states
@@ -50,6 +49,8 @@ from kvstore.telemetry.sinks.iceberg_write import Piece, write
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from kvstore.telemetry.records import Position
 
 FILE_ROWS: Final = 1_000_000  # of a compacted file: held in memory while it is made, some 150 MB
 SMALL_ROWS: Final = FILE_ROWS // 2
@@ -86,6 +87,9 @@ def maintain(
     if compact:
         _compact_readings(lake, done, dry_run=dry_run)
     head = _fence(lake, done, compact=compact, dry_run=dry_run)
+    if not dry_run:
+        side.publish(lake, DEAD_LETTERS, head.letters)
+        side.publish(lake, COUNTS, head.counts)
     horizon_s = now_s() - keep_s
     _expire(lake, READINGS, horizon_s, set(), done, dry_run=dry_run)
     heads = [head, *_heads(lake, horizon_s)]

@@ -26,7 +26,6 @@ from pyiceberg.types import (
 )
 
 from kvstore.errors import SinkError
-from kvstore.telemetry.contract import Contract
 from kvstore.telemetry.records import (
     Column,
     Count,
@@ -41,6 +40,8 @@ from kvstore.telemetry.records import (
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from kvstore.telemetry.contract import Contract
 
 TS: Final = "ts"
 DEVICE: Final = "device_id"

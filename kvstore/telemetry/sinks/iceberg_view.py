@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyiceberg.expressions import And, EqualTo
 
-from kvstore.telemetry.records import Readings
 from kvstore.telemetry.sinks import iceberg_rows as rows
 from kvstore.telemetry.sinks.iceberg_lake import Lake, scan, translated
 from kvstore.telemetry.sinks.iceberg_scan import DataFile, Files, between, in_slices, tasks
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from kvstore.telemetry.records import Readings
 
 READ_ROWS_MAX: Final = 250_000  # of a batch: some 50 MB as records
 DAY_US: Final = 86_400_000_000
