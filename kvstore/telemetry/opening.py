@@ -13,9 +13,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Final, Literal
 
-from kvstore.errors import SinkError, SourceError
+from kvstore.errors import SourceError
 from kvstore.events import Report
 
 if TYPE_CHECKING:  # contract.py loads yaml, and commands load this module for their --help
@@ -44,27 +44,26 @@ def is_store(name: str) -> bool:
 
 
 def open_sink(
-    target: str, contract: Contract, mode: Mode = "w", *, kind: Kind | None = None
+    target: str,
+    contract: Contract,
+    mode: Mode = "w",
+    *,
+    kind: Kind | None = None,
+    catalog: Mapping[str, str] | None = None,
 ) -> Sink:
-    """Open a sink; kind: where the name alone does not say it."""
+    """Open a sink. kind: where the name alone does not say it; catalog: of a lake, its properties."""
     kind = kind or kind_of(target)
     if kind == "store":
         from kvstore.telemetry.sinks.stream import StreamSink  # noqa: PLC0415
 
         return StreamSink.open(target, contract, mode=mode)
-    if mode == "r" and kind == "lake" and "://" not in target and not Path(target).is_dir():
-        raise SinkError(f"{target}: neither a store nor a lake; expected a folder that is there")
     if kind == "postgres":
         from kvstore.telemetry.sinks.postgres import PostgresSink  # noqa: PLC0415
 
         return PostgresSink.open(target, contract, mode=mode)
-    return cast("Sink", _opener()(target, contract))
-
-
-def _opener() -> Any:
     from kvstore.telemetry.sinks.iceberg import IcebergSink  # noqa: PLC0415
 
-    return IcebergSink.open
+    return IcebergSink.open(target, contract, mode=mode, catalog=catalog)
 
 
 def open_source(

@@ -14,6 +14,8 @@ from kvstore.cli.telemetry import (
     contract,
     demo,
     ingest,
+    maintain,
+    migrate,
     quality,
     query,
     rejects,
@@ -80,3 +82,16 @@ app.command(
     )
 )(check.check)
 app.command(epilog=examples("demo", "demo --dir demo/ --events 20000"))(demo.demo)
+app.command(
+    epilog=examples(
+        "maintain lake/",
+        "maintain lake/ --keep 7d --dry-run --json",
+        "maintain lake/ --accept-rollback",
+    )
+)(maintain.maintain)
+app.command(
+    epilog=examples(
+        "migrate lake/ --to postgresql://ops@db/telemetry --from 2025-01-01 --until 2025-02-01",
+        "migrate lake/ --to ops.kv --verify-only",
+    )
+)(migrate.migrate)

@@ -188,7 +188,7 @@ class Run:
         if "-" in self.settings.source and sys.stdin.isatty():
             raise typer.BadParameter("stdin is a terminal: pipe events in, or name files")
         contract = contract_of(self.settings.contract)
-        with open_sink(target, contract, kind=kind) as sink:
+        with open_sink(target, contract, kind=kind, catalog=self.settings.catalog) as sink:
             sink.evolve(contract)
             pipeline = self._pipeline(sink, contract)
             with self._shown(pipeline.progress), self._metrics(pipeline.progress, target):
@@ -203,12 +203,13 @@ class Run:
         from kvstore.telemetry.opening import open_source  # noqa: PLC0415
         from kvstore.telemetry.settings import rejected_max  # noqa: PLC0415
 
-        given = self.settings
+        given, (kind, _) = self.settings, self.settings.sink
         count_max, share_max = rejected_max(given.max_rejected)
         run = loop.new_run(time.time_ns() // 1000)
         limits = loop.Limits(
-            rows_max=given.batch_rows or loop.ROWS_MAX,
-            wait_s=loop.WAIT_S if given.batch_wait is None else given.batch_wait,
+            rows_max=given.batch_rows or loop.BEST[kind].rows_max,
+            bytes_max=loop.BEST[kind].bytes_max,
+            wait_s=loop.BEST[kind].wait_s if given.batch_wait is None else given.batch_wait,
             retry_s=loop.RETRY_S if given.retry_for is None else given.retry_for,
             rejected_max=count_max,
             rejected_share_max=share_max,
