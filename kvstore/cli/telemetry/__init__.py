@@ -16,6 +16,7 @@ from kvstore.cli.telemetry import (
     ingest,
     maintain,
     migrate,
+    produce,
     quality,
     query,
     rejects,
@@ -95,3 +96,11 @@ app.command(
         "migrate lake/ --to ops.kv --verify-only",
     )
 )(migrate.migrate)
+app.command(
+    epilog=examples(
+        "produce kafka://localhost:9092/telemetry events.jsonl",
+        "simulate --rate 1000 | kvstore telemetry produce kafka://localhost:9092/telemetry",
+        "produce kafka://localhost:9092/telemetry events.jsonl "
+        "--kafka-option schema.registry.url=http://localhost:8081",
+    )
+)(produce.produce)

@@ -44,7 +44,7 @@ def check(
         postgres=postgres,
         lake=lake,
         contract=contract,
-        kafka_option=kafka_option,
+        kafka_options=kafka_option,
     )
     found = list(
         preflight.check(
