@@ -51,7 +51,7 @@ def open_sink(
     kind: Kind | None = None,
     catalog: Mapping[str, str] | None = None,
 ) -> Sink:
-    """Open a sink. kind: where the name alone does not say it; catalog: of a lake, its properties."""
+    """Open a sink. kind: where its name does not say it; catalog: of a lake, its properties."""
     kind = kind or kind_of(target)
     if kind == "store":
         from kvstore.telemetry.sinks.stream import StreamSink  # noqa: PLC0415

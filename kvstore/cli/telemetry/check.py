@@ -53,6 +53,7 @@ def check(
             contract_of(given.contract),
             now_us=time.time_ns() // 1000,
             kafka=given.kafka,
+            catalog=given.catalog,
         )
     )
     for finding in found:
