@@ -63,6 +63,7 @@ THIRD_PARTY = {
         "psycopg",
         "pyiceberg",
         "confluent_kafka",
+        "sqlalchemy",
         "fastavro",
     },
     "dayfiles": {"polars", "pyarrow", "matplotlib", "dask", "distributed"},
@@ -75,6 +76,7 @@ HEAVY = {"typer", "rich", "pandas", "pyarrow", "matplotlib", "polars", "h5py", "
     "yaml",
     "psycopg",
     "pyiceberg",
+    "sqlalchemy",
     "confluent_kafka",
     "fastavro",
 }

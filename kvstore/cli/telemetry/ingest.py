@@ -145,7 +145,7 @@ def ingest(
         age_limit=age_limit,
         metrics_file=metrics_file,
         dead_letter_topic=dead_letter_topic,
-        kafka_option=kafka_option,
+        kafka_options=kafka_options,
     )
     libc.keep_freed_memory()
     with stop_signal() as stop:
@@ -158,7 +158,7 @@ def options(
     file: Path | None,
     *,
     source: Sequence[str] | None,
-    kafka_option: Sequence[str] | None,
+    kafka_options: Sequence[str] | None,
     **flags: Any,
 ) -> Settings:
     """What flags and file say together; passwords on the command line are refused."""
@@ -170,11 +170,11 @@ def options(
     for name in settled.DURATIONS & flags.keys():
         flags[name] = None if flags[name] is None else settled.duration_s(flags[name])
     flags["source"] = tuple(map(settled.without_password, source or ()))
-    flags["kafka"] = dict(map(named_option, kafka_option or ()))
+    flags["kafka"] = dict(map(kafka_option, kafka_options or ()))
     return (settled.load(file) if file else settled.Settings()).changed(flags)
 
 
-def named_option(text: str) -> tuple[str, str]:
+def kafka_option(text: str) -> tuple[str, str]:
     """NAME=VALUE as one option."""
     name, equals, value = text.partition("=")
     if not equals:
@@ -192,15 +192,16 @@ class Run:
 
     def run(self) -> Progress:
         """Until the source ends or a signal comes; says what came of it."""
-        from kvstore.telemetry.opening import open_sink, redacted  # noqa: PLC0415
+        from kvstore.telemetry.opening import check_sources, open_sink, redacted  # noqa: PLC0415
 
         kind, target = self.settings.sink
         if not self.settings.source:
             raise SettingsError("no source given; expected files, -, kafka://… or a store")
+        check_sources(self.settings.source)
         if "-" in self.settings.source and sys.stdin.isatty():
             raise typer.BadParameter("stdin is a terminal: pipe events in, or name files")
         contract = contract_of(self.settings.contract)
-        with open_sink(target, contract, kind=kind) as sink:
+        with open_sink(target, contract, kind=kind, catalog=self.settings.catalog) as sink:
             sink.evolve(contract)
             pipeline = self._pipeline(self._publishing(sink), contract)
             with self._shown(pipeline.progress), self._metrics(pipeline.progress, target):
@@ -215,12 +216,13 @@ class Run:
         from kvstore.telemetry.opening import open_source  # noqa: PLC0415
         from kvstore.telemetry.settings import rejected_max  # noqa: PLC0415
 
-        given = self.settings
+        given, (kind, _) = self.settings, self.settings.sink
         count_max, share_max = rejected_max(given.max_rejected)
         run = loop.new_run(time.time_ns() // 1000)
         limits = loop.Limits(
-            rows_max=given.batch_rows or loop.ROWS_MAX,
-            wait_s=loop.WAIT_S if given.batch_wait is None else given.batch_wait,
+            rows_max=given.batch_rows or loop.BEST[kind].rows_max,
+            bytes_max=loop.BEST[kind].bytes_max,
+            wait_s=loop.BEST[kind].wait_s if given.batch_wait is None else given.batch_wait,
             retry_s=loop.RETRY_S if given.retry_for is None else given.retry_for,
             rejected_max=count_max,
             rejected_share_max=share_max,

@@ -14,7 +14,7 @@ import typer
 
 from kvstore.cli.log import Log, LogFormat
 from kvstore.cli.options import STDIN, Json, input_file
-from kvstore.cli.telemetry.ingest import Contracts, contract_of, named_option
+from kvstore.cli.telemetry.ingest import Contracts, contract_of, kafka_option
 from kvstore.cli.terminal import LOSS
 
 if TYPE_CHECKING:
@@ -35,9 +35,10 @@ def produce(
         float, typer.Option(min=0, help="Events per second; 0 for as fast as it goes.")
     ] = 0,
     contract: Contracts = None,
-    kafka_option: Annotated[
+    kafka_options: Annotated[
         list[str] | None,
         typer.Option(
+            "--kafka-option",
             metavar="NAME=VALUE",
             help="An option for librdkafka; may be repeated. With schema.registry.url events go "
             "as Avro of the contract's schema.",
@@ -60,7 +61,7 @@ def produce(
 
     log = Log(log_format)
     address = parse_address(topic)
-    options = {**dict(map(named_option, kafka_option or ())), **environment_options(os.environ)}
+    options = {**dict(map(kafka_option, kafka_options or ())), **environment_options(os.environ)}
     encode = _encoder(options.pop(REGISTRY, None), address, contract)
     producer = LineProducer(address, options, encode=encode, report=log)
     try:
