@@ -50,10 +50,16 @@ def unknown(field: str) -> str:
 def decided(readings: Readings, fates: NDArray[np.uint8]) -> list[Count]:
     """The counts of what a sink made of each reading; fates: one Fate each."""
     hours = readings.ts_us // HOUR_US * HOUR_US
-    groups = Counter(zip(readings.device_id, hours.tolist(), fates.tolist(), strict=True))
+    return named(
+        Counter(zip(readings.device_id, hours.tolist(), fates.tolist(), strict=True)).items()
+    )
+
+
+def named(groups: Iterable[tuple[tuple[str, int, int], int]]) -> list[Count]:
+    """Counts of groups (device, begin of the hour, Fate), however they were grouped."""
     return [
         Count(device_id, hour_us, name, value)
-        for (device_id, hour_us, fate), value in groups.items()
+        for (device_id, hour_us, fate), value in groups
         for name in _NAMES[Fate(fate)]
     ]
 

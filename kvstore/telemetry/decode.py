@@ -13,8 +13,8 @@ The traps of a fast decoder, and how each is met without another look at every e
   where the sum is off they are counted for each event.
 - *NUL* can only be written as ``\u0000`` (a raw one is no JSON): events with a backslash are
   left to the slow way. That also keeps escaped quotation marks out of the sum above.
-- *Invalid UTF-8* raises within texts that are decoded, is not looked at within skipped ones: a
-  block that is not ASCII is decoded once, whole.
+- *Invalid UTF-8* raises another error than invalid JSON, and only within texts that are decoded.
+  Skipped ones belong to unknown fields, and events with such are decoded again, whole.
 - *Timestamps* are rounded by other decoders: they come as text, see stamps.py.
 """
 
@@ -176,23 +176,19 @@ class Decoder:
         block: Block,
         sure: NDArray[np.bool_],
     ) -> None:
-        """Clear ``sure`` of what has NUL, bad UTF-8, or a key twice; note unknown fields."""
+        """Clear ``sure`` of what may have NUL or a key twice; note unknown fields."""
         joined = b"\n".join(raw)
         expected = len(raw) * _IDENTITY_QUOTES
         expected += sum(
             each.quotes(column) for each, column in zip(self._getters, columns, strict=True)
         )
-        if (
-            b"\\" not in joined
-            and _is_utf8(joined)
-            and len(joined) <= EVENT_BYTES_MAX  # of one event; a block of small ones is below it
-            and np.count_nonzero(np.frombuffer(joined, np.uint8) == _QUOTE) == expected
-        ):
-            return
-        sure &= [b"\\" not in each and len(each) <= EVENT_BYTES_MAX for each in raw]
-        if not joined.isascii():
-            sure &= list(map(_is_utf8, raw))
-        self._doubt_quotes(raw, columns, block, sure)
+        quotes = np.count_nonzero(np.frombuffer(joined, np.uint8) == _QUOTE)
+        if b"\\" in joined:
+            sure &= [b"\\" not in each for each in raw]
+        if len(joined) > EVENT_BYTES_MAX:  # of one event; a block of small ones is below it
+            sure &= [len(each) <= EVENT_BYTES_MAX for each in raw]
+        if quotes != expected:
+            self._doubt_quotes(raw, columns, block, sure)
 
     def _doubt_quotes(
         self,
@@ -225,7 +221,7 @@ class Decoder:
             if kind is str:
                 texts += 1
             elif kind is int or kind is float:
-                if not -EXACT_MAX <= value <= EXACT_MAX:  # beyond, decoders differ
+                if not -EXACT_MAX <= value <= EXACT_MAX:  # some beyond are no float64
                     return False
             elif value is not None and kind is not bool:
                 return False  # nested ones may hide a key that stands twice
@@ -299,13 +295,3 @@ class _Getter:
             sure &= ~(column > self.field.maximum)
         if self.field.type == "integer":
             sure &= np.isnan(column) | ((column == np.floor(column)) & (abs(column) <= EXACT_MAX))
-
-
-def _is_utf8(text: bytes) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -259,6 +259,7 @@ def _timestamp(text: str, limits: Limits, findings: Findings) -> None:
     findings.ts_us, findings.finer = stamp
     if limits.latest_us is not None and stamp.us > limits.latest_us:
         findings.blame("future", TIMESTAMP, text)
+        findings.ts_us = None  # else it would count as of a year to come, in every recent window
     if limits.earliest_us is not None and stamp.us < limits.earliest_us:
         findings.blame("old", TIMESTAMP, text)
 
@@ -304,7 +305,9 @@ def _unknown(event: Mapping[str, Any], contract: Contract, findings: Findings) -
 def _printable(value: Any) -> str:
     """Short, and without what a terminal or a database would choke on."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    shown = "".join(_characters(text[: FOUND_CHARS_MAX + 1]))
+    shown = text[: FOUND_CHARS_MAX + 1]
+    if not shown.isprintable():
+        shown = "".join(_characters(shown))
     return shown if len(shown) <= FOUND_CHARS_MAX else shown[: FOUND_CHARS_MAX - 1] + "…"
 
 

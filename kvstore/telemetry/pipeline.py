@@ -83,6 +83,14 @@ class Limits:
     rejected_share_max: float | None = None
 
 
+# What a sink does best with. A lake's commit costs 0.1 s and some files, whatever is in it.
+BEST: Final = {
+    "store": Limits(),
+    "postgres": Limits(),
+    "lake": Limits(rows_max=300_000, bytes_max=128 << 20, wait_s=10.0),
+}
+
+
 @dataclass(slots=True)
 class Gathered:
     """What waits for the next commit: chunks in order of arrival, and what became of them."""
@@ -320,7 +328,8 @@ class Pipeline:
         progress.duplicates += outcome.duplicates
         progress.rejected += outcome.rejected
         progress.conflicts += outcome.conflicts
-        progress.reasons.update(r.code for each in work.rejections for r in each.reasons)
+        for each in work.rejections:  # a code counts once for each event, as in counts.py
+            progress.reasons.update({reason.code for reason in each.reasons})
         if outcome.conflicts:
             progress.reasons[counts.CONFLICT] += outcome.conflicts
         progress.late += sum(count.value for count in work.seen if count.name == counts.LATE)

@@ -88,15 +88,15 @@ class Seen:
         return ts_us < before - self._late_after_us
 
     def _drift(self, block: Block) -> Iterator[Count]:
-        if not any(block.unknown):
+        drifting = [at for at, names in enumerate(block.unknown) if names]
+        if not drifting:
             return
         found: Counter[tuple[str, int, str]] = Counter()
         hours = (block.ts_us // counts.HOUR_US * counts.HOUR_US).tolist()
-        for device_id, hour_us, names in zip(block.device_id, hours, block.unknown, strict=True):
-            if names:
-                found[device_id, hour_us, counts.DRIFT] += 1
-            for name in {self._told_apart(name) for name in names}:
-                found[device_id, hour_us, counts.unknown(name)] += 1
+        for at in drifting:
+            found[block.device_id[at], hours[at], counts.DRIFT] += 1
+            for name in {self._told_apart(name) for name in block.unknown[at]}:
+                found[block.device_id[at], hours[at], counts.unknown(name)] += 1
         yield from (Count(*key, value) for key, value in found.items())
 
     def _told_apart(self, field: str) -> str:

@@ -6,6 +6,8 @@
     [kafka]
     "group.id" = "ops"
     "sasl.password" = "${KAFKA_PASSWORD}"
+    [catalog]
+    uri = "postgresql://lake:${LAKE_PASSWORD}@db/catalog"
 
 ``${NAME}`` stands for a variable of the environment, in any text: so a file can be shown to
 anybody. A flag on the command line goes before the file. What is misspelt is refused.
@@ -35,7 +37,8 @@ _REJECTED: Final = re.compile(r"(\d+)|(\d+(?:\.\d+)?)%")
 class Settings:
     """What `telemetry ingest` is told, by flags or by a file; durations in seconds.
 
-    max_rejected: "100" or "1%". kafka: options for librdkafka, as they are.
+    max_rejected: "100" or "1%". kafka: options for librdkafka, as they are. catalog: pyiceberg's
+    properties of the lake's catalog, where that is not an SQLite file in its folder.
     """
 
     source: tuple[str, ...] = ()
@@ -52,7 +55,9 @@ class Settings:
     future_limit: float | None = None
     age_limit: float | None = None
     metrics_file: str | None = None
+    dead_letter_topic: str | None = None
     kafka: Mapping[str, str] = field(default_factory=dict)
+    catalog: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sink(self) -> tuple[Kind, str]:
@@ -67,7 +72,8 @@ class Settings:
 
     def changed(self, flags: Mapping[str, Any]) -> Settings:
         """These settings with those flags that were given; another sink replaces the file's."""
-        given = {name: value for name, value in flags.items() if value not in (None, False, (), {})}
+        given = {name: value for name, value in flags.items() if value or value == 0.0}
+        given = {name: value for name, value in given.items() if value is not False}
         if given.keys() & set(SINKS):
             given = dict.fromkeys(SINKS) | given
         if "kafka" in given:
@@ -75,9 +81,10 @@ class Settings:
         return replace(self, **given)
 
 
-_DURATIONS: Final = {"batch_wait", "retry_for", "future_limit", "age_limit"}
+DURATIONS: Final = frozenset({"batch_wait", "retry_for", "future_limit", "age_limit"})
 _KINDS: Final = {
     "follow": bool, "accept_loss": bool, "batch_rows": int, "source": list, "kafka": dict,
+    "catalog": dict,
 }  # fmt: skip
 
 
@@ -109,13 +116,13 @@ def _value(name: str, value: Any, environ: Mapping[str, str]) -> Any:
     if type(value) is not kind:
         raise SettingsError(f"{name} = {value!r}: expected {_WORDS[kind]}")
     if isinstance(value, dict):
-        return {key: expanded(_text(f"kafka.{key}", each), environ) for key, each in value.items()}
+        return {key: expanded(_text(f"{name}.{key}", each), environ) for key, each in value.items()}
     if isinstance(value, list):
         return tuple(expanded(_text(name, each), environ) for each in value)
     if not isinstance(value, str):
         return value
     text = expanded(value, environ)
-    return duration_s(text) if name in _DURATIONS else text
+    return duration_s(text) if name in DURATIONS else text
 
 
 _WORDS: Final = {

@@ -8,7 +8,20 @@ from __future__ import annotations
 
 import typer
 
-from kvstore.cli.telemetry import ingest, simulate
+from kvstore.cli.telemetry import (
+    audit,
+    check,
+    contract,
+    demo,
+    ingest,
+    maintain,
+    migrate,
+    produce,
+    quality,
+    query,
+    rejects,
+    simulate,
+)
 
 app = typer.Typer(
     name="telemetry",
@@ -38,3 +51,56 @@ app.command(
         "ingest --settings pipeline.toml --max-rejected 1%",
     )
 )(ingest.ingest)
+
+contracts = typer.Typer(
+    help="What an event has to be, and what a new version would change.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+contracts.command(epilog=examples("contract show", "contract show mine.yaml --json"))(contract.show)
+contracts.command(epilog=examples("contract check v3.yaml v2"))(contract.check)
+contracts.command(epilog=examples("contract diff v2 v3.yaml --against ops.kv"))(contract.diff)
+app.add_typer(contracts, name="contract")
+app.command(
+    epilog=examples(
+        "quality ops.kv --since 1h",
+        "quality lake/ --html report.html --fail-under 99",
+        "quality ops.kv --json | jq .dimensions",
+    )
+)(quality.quality)
+app.command(
+    epilog=examples(
+        "query ops.kv --device sensor-123 --last 1h",
+        "query ops.kv --start 2025-01-20T10:00 --stop 2025-01-20T11:00 --format jsonl --lineage",
+    )
+)(query.query)
+app.add_typer(rejects.app)
+app.command(epilog=examples("audit events.jsonl ops.kv"))(audit.audit)
+app.command(
+    epilog=examples(
+        "check events.jsonl --store ops.kv",
+        "check kafka://localhost:9092/telemetry --postgres postgresql://ops@db/telemetry",
+    )
+)(check.check)
+app.command(epilog=examples("demo", "demo --dir demo/ --events 20000"))(demo.demo)
+app.command(
+    epilog=examples(
+        "maintain lake/",
+        "maintain lake/ --keep 7d --dry-run --json",
+        "maintain lake/ --accept-rollback",
+    )
+)(maintain.maintain)
+app.command(
+    epilog=examples(
+        "migrate lake/ --to postgresql://ops@db/telemetry --from 2025-01-01 --until 2025-02-01",
+        "migrate lake/ --to ops.kv --verify-only",
+    )
+)(migrate.migrate)
+app.command(
+    epilog=examples(
+        "produce kafka://localhost:9092/telemetry events.jsonl",
+        "simulate --rate 1000 | kvstore telemetry produce kafka://localhost:9092/telemetry",
+        "produce kafka://localhost:9092/telemetry events.jsonl "
+        "--kafka-option schema.registry.url=http://localhost:8081",
+    )
+)(produce.produce)

@@ -63,7 +63,16 @@ _COUNT_SCHEMA: Final = Schema(
 
 
 def evolve(store: Store, contract: Contract) -> None:
-    """Make the streams, or give readings the fields that the contract has and they lack."""
+    """Make the stream of readings, or give it the fields that the contract has and it lacks."""
+    new = missing_fields(store, contract)
+    if READINGS not in store:
+        store.stream(READINGS, Schema((*_OURS, *new), TIME))
+    elif new:
+        store.stream(READINGS).add_fields(*new)
+
+
+def missing_fields(store: Store, contract: Contract) -> list[Field]:
+    """Fields that the contract has and the store lacks; ContractError where the two clash."""
     for field in contract.values:
         if field.name.startswith("_"):
             raise ContractError(
@@ -71,8 +80,7 @@ def evolve(store: Store, contract: Contract) -> None:
             )
     wanted = [_column_of(field) for field in contract.values]
     if READINGS not in store:
-        store.stream(READINGS, Schema((*_OURS, *wanted), TIME))
-        return
+        return wanted
     there = {field.name: field for field in store[READINGS].schema.fields}
     for each in wanted:
         if each.name in there and there[each.name].np_dtype != each.np_dtype:
@@ -81,8 +89,7 @@ def evolve(store: Store, contract: Contract) -> None:
                 f"and {_type(each)} in the contract: a field never changes its type; name the "
                 "new one differently"
             )
-    if new := [each for each in wanted if each.name not in there]:
-        store.stream(READINGS).add_fields(*new)
+    return [each for each in wanted if each.name not in there]
 
 
 def _column_of(field: ContractField) -> Field:

@@ -20,6 +20,7 @@ import select
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Final, NamedTuple, Self
 
 from kvstore.errors import SourceError
@@ -28,7 +29,7 @@ from kvstore.telemetry.records import Chunk, Place, Position
 from kvstore.telemetry.source import OnAssigned, OnRevoked
 from kvstore.telemetry.sources.lines import NOTHING, LineReader, Lines
 
-STDIN: Final = "-"
+STDIN: Final = "-"  # as in opening.py
 GENERATIONS_MAX: Final = 10_000  # files that ever stood under one path: daily for 27 years
 LOOK_S: Final = 0.1  # between looks at files that are followed
 _STDIN_FD: Final = 0
@@ -231,6 +232,20 @@ def _opened(path: str, run: str, assign: OnAssigned) -> _Tail:
         raise
 
 
+def located(fd: int, path: Path, positions: Sequence[Position]) -> Position | None:
+    """How far this very file was read, among a sink's positions; None where it was not."""
+    source = _source_of(os.fspath(path))
+    for position in positions:
+        mine = position.place.source == source
+        if mine and _Token.found_in(fd, position.token) is not None:
+            return position
+    return None
+
+
+def _source_of(path: str) -> str:
+    return f"file:{_printable(os.path.realpath(path))}"
+
+
 def _open_fd(path: str) -> int:
     if os.path.isdir(path):  # noqa: PTH112  # os.open does not mind
         raise SourceError(f"{path}: is a folder; name its files, such as {path}/*.jsonl")
@@ -242,7 +257,7 @@ def _open_fd(path: str) -> int:
 
 def _resumed(path: str, fd: int, assign: OnAssigned) -> _Tail:
     """The file from where the sink has it, under the partition that is this very file's."""
-    source = f"file:{_printable(os.path.realpath(path))}"
+    source = _source_of(path)
     for partition in range(GENERATIONS_MAX):
         place = Place(source, partition)
         (position,) = assign([place])
