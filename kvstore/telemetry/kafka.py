@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs, urlsplit
@@ -107,10 +107,9 @@ class Cluster:
 
     def __init__(self, address: Address, options: Options):
         self._address = address
-        self._admin = AdminClient(
-            # Options of consumers and producers are among ours: it would warn of each.
-            {"log_level": 2, **options, "bootstrap.servers": address.servers}
-        )
+        # Options of consumers and producers are among ours: it would warn of each.
+        config = {"log_level": 2, **options, "bootstrap.servers": address.servers}
+        self._admin = made(AdminClient, config, address)
         self._cluster_id = ""
 
     def topic(self, *, wait_s: float = ANSWER_S) -> Topic | None:
@@ -127,6 +126,14 @@ class Cluster:
             raise translated(error, self._address) from error
         told = str(found.topic_id or "")
         return Topic(self._cluster_id, "" if told == _NO_ID else told, len(found.partitions))
+
+
+def made(client: Callable[[dict[str, Any]], Any], config: dict[str, Any], address: Address) -> Any:
+    """A client of librdkafka; SourceError where it refuses an option, whose value is not shown."""
+    try:
+        return client(config)
+    except KafkaException as error:
+        raise translated(error, address) from error
 
 
 def translated(error: KafkaException | KafkaError, address: Address) -> SourceError:

@@ -39,6 +39,7 @@ from kvstore.telemetry.kafka import (
     Options,
     Topic,
     environment_options,
+    made,
     parse_address,
     translated,
 )
@@ -90,7 +91,7 @@ class KafkaSource:
 
     group: one for each sink; members of it share the partitions, so two sinks in one group would
     get half of the events each. accept_loss: go on where events are gone for good, and say so.
-    losses: what was accepted, in words; whoever drives the source reports it.
+    A loss that was accepted is reported as the event ``lost``.
     """
 
     def __init__(
@@ -103,7 +104,6 @@ class KafkaSource:
         decoder: Decoder | None = None,
         report: Report = lambda _: None,
     ):
-        self.losses: list[str] = []
         self._address = address
         self._config = consumer_options(address, group, options or {})
         self._cluster = Cluster(address, options or {})
@@ -163,7 +163,8 @@ class KafkaSource:
         """Join the group; partitions come while polling. SourceError where there is no topic."""
         self._on_assigned, self._on_revoked = on_assigned, on_revoked
         self._topic = self._ask()
-        self._consumer = Consumer({**self._config, "logger": _logger(self._report)})
+        logger = _logger(self._report)
+        self._consumer = made(Consumer, {**self._config, "logger": logger}, self._address)
         self._join()
 
     def poll(self, *, events_max: int, bytes_max: int, wait_s: float) -> list[Chunk] | None:
@@ -275,8 +276,7 @@ class KafkaSource:
     def _accept(self, loss: str) -> None:
         if not self._accept_loss:
             raise SourceError(f"{loss}; --accept-loss goes on with what is there")
-        self.losses.append(loss)
-        self._warn("source-loss", loss)
+        self._warn("lost", loss)
 
     def _give(self, numbers: list[int], *, lost: bool) -> None:
         """Partitions are ours no longer: called inside ``consume``."""
