@@ -97,3 +97,35 @@ def kafka():
         return
     with started() as kafka:
         yield kafka
+
+
+@pytest.fixture
+def forgetful(monkeypatch):
+    """librdkafka's mock broker: 4 partitions, drops its oldest events above 5 MB, has no topic ids.
+
+    For what Tansu cannot do: retention, offsets out of range, members that leave in a rebalance.
+    """
+    from confluent_kafka import Producer  # noqa: PLC0415 - an extra
+
+    from kvstore.telemetry.kafka import Cluster, Topic  # noqa: PLC0415
+
+    producer = Producer(
+        {"bootstrap.servers": "mock", "test.mock.num.brokers": 1, "log_level": 2, "linger.ms": 0}
+        | {"batch.num.messages": 1}
+    )
+    (server,) = producer.list_topics(timeout=READY_S).brokers.values()
+    monkeypatch.setattr(Cluster, "topic", lambda self, **_: Topic("mock", "", 1))
+
+    class Forgetful:
+        servers = f"{server.host}:{server.port}"
+        member = MEMBER
+
+        def url(self, topic):
+            return f"kafka://{self.servers}/{topic}"
+
+        def produce(self, topic, events, *, partition=0):
+            for event in events:
+                producer.produce(topic, event, partition=partition)
+                assert producer.flush(READY_S) == 0
+
+    return Forgetful()

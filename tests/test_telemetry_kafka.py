@@ -9,11 +9,11 @@ import time
 
 import numpy as np
 import pytest
-from kafka_server import MEMBER, started
+from kafka_server import started
 
 from kvstore.errors import SourceError
 from kvstore.telemetry.dead_topic import DeadTopic
-from kvstore.telemetry.kafka import Cluster, Topic, environment_options, group_of, parse_address
+from kvstore.telemetry.kafka import Cluster, environment_options, group_of, parse_address
 from kvstore.telemetry.produce import LineProducer
 from kvstore.telemetry.records import Place, Position
 from kvstore.telemetry.sources.kafka import KafkaSource, consumer_options
@@ -263,33 +263,6 @@ def test_a_topic_recreated_while_it_is_read_hands_out_nothing_of_the_new_one(kaf
         with pytest.raises(SourceError, match="created again while it was read"):
             read_until(source, notebook, lambda: notebook.count > 5)
     assert notebook.count == 5
-
-
-@pytest.fixture
-def forgetful(monkeypatch):
-    """librdkafka's mock broker, which drops its oldest events above 5 MB and tells no topic ids."""
-    from confluent_kafka import Producer  # noqa: PLC0415 - an extra
-
-    producer = Producer(
-        {"bootstrap.servers": "mock", "test.mock.num.brokers": 1, "log_level": 2, "linger.ms": 0}
-        | {"batch.num.messages": 1}
-    )
-    (broker,) = producer.list_topics(timeout=WAIT_S).brokers.values()
-    monkeypatch.setattr(Cluster, "topic", lambda self, **_: Topic("mock", "", 1))
-
-    class Forgetful:
-        servers = f"{broker.host}:{broker.port}"
-        member = MEMBER
-
-        def url(self, topic):
-            return f"kafka://{self.servers}/{topic}"
-
-        def produce(self, topic, events):
-            for event in events:
-                producer.produce(topic, event, partition=0)
-                assert producer.flush(WAIT_S) == 0
-
-    return Forgetful()
 
 
 LARGE = [f"{number:02}".encode() * 400_000 for number in range(20)]
