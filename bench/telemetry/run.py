@@ -17,10 +17,14 @@ from bench import report
 from bench.figure import Measurement, Setting
 from bench.process import ROOT
 from bench.session import measure_all
-from bench.telemetry import postgres, validation
+from bench.telemetry import embedded, postgres, validation
 from bench.telemetry.events import EVENT_BYTES
 
-MEASUREMENTS: Final[tuple[Measurement, ...]] = (*validation.MEASUREMENTS, *postgres.MEASUREMENTS)
+MEASUREMENTS: Final[tuple[Measurement, ...]] = (
+    *validation.MEASUREMENTS,
+    *embedded.MEASUREMENTS,
+    *postgres.MEASUREMENTS,
+)
 TINY_EVENTS: Final = 2000
 
 
