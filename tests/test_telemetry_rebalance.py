@@ -120,16 +120,15 @@ def test_members_come_and_go_and_every_offset_is_committed_once_in_order(forgetf
                 members.append(Consumer(kafka, topic, shared))
             else:
                 members.pop(rng.randrange(len(members))).leave()
-            time.sleep(rng.random() * 1.5)  # wherever the group is by then
+            time.sleep(rng.random() * 3)  # wherever the group is by then
         deadline_s = time.monotonic() + WAIT_S
         while any(len(offsets) < sent + (not n) for n, offsets in shared.offsets.items()):
             assert all(member.is_alive() for member in members), [m.error for m in members]
             assert time.monotonic() < deadline_s, shared.offsets
             time.sleep(0.05)
-        changes = shared.claims
     finally:
         for member in members:
             member.leave()
     ends = {number: sent + (number == 0) for number in range(PARTITIONS)}
     assert shared.offsets == {number: list(range(end)) for number, end in ends.items()}
-    assert changes > CHANGES  # there were rebalances in which something moved
+    assert shared.claims > PARTITIONS  # partitions changed hands
