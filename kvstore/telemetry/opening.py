@@ -50,7 +50,7 @@ def open_sink(
     kind: Kind | None = None,
     catalog: Mapping[str, str] | None = None,
 ) -> Sink:
-    """Open a sink. kind: where the name alone does not say it; catalog: of a lake, its properties."""
+    """Open a sink. kind: where the name does not say it. catalog: properties of a lake's."""
     kind = kind or kind_of(target)
     if kind == "store":
         from kvstore.telemetry.sinks.stream import StreamSink  # noqa: PLC0415
