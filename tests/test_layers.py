@@ -64,6 +64,7 @@ THIRD_PARTY = {
         "pyiceberg",
         "confluent_kafka",
         "sqlalchemy",
+        "fastavro",
     },
     "dayfiles": {"polars", "pyarrow", "matplotlib", "dask", "distributed"},
 }
@@ -77,6 +78,7 @@ HEAVY = {"typer", "rich", "pandas", "pyarrow", "matplotlib", "polars", "h5py", "
     "pyiceberg",
     "sqlalchemy",
     "confluent_kafka",
+    "fastavro",
 }
 
 UNKNOWN = "not in the table of floors"

@@ -548,6 +548,12 @@ def test_finer_digits_are_cut_off_and_said(text, us, finer):
 # ---- what is counted ----
 
 
+def test_a_time_to_come_is_not_believed_where_events_are_counted():
+    (rejection,) = validated([encoded(timestamp="2199-01-01T00:00:00Z")]).rejections
+    assert rejection.ts_us is None
+    assert rejection.device_id == "sensor-123"
+
+
 def at(seconds, device="d", **more):
     stamp = datetime(2025, 1, 20, 10) + timedelta(seconds=seconds)  # noqa: DTZ001
     return encoded(device_id=device, timestamp=stamp.isoformat() + "Z", **more)

@@ -207,8 +207,10 @@ class _Reader:
             self._refuse(name, dict(found), expected)
 
     def _field(self, name: str, found: Mapping[str, Any], version: int) -> ContractField:
-        if name.lower() in _TAKEN:
-            self._refuse("name", name, "another name: sinks keep lineage under this one")
+        if name.lower() in _TAKEN or name.startswith("_"):
+            self._refuse(
+                "name", name, "another name: this one, and any with an underscore, are ours"
+            )
         self._enforceable(found, name)
         kind = found.get("logicalType")
         if kind not in get_args(Type):

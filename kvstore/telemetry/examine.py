@@ -259,6 +259,7 @@ def _timestamp(text: str, limits: Limits, findings: Findings) -> None:
     findings.ts_us, findings.finer = stamp
     if limits.latest_us is not None and stamp.us > limits.latest_us:
         findings.blame("future", TIMESTAMP, text)
+        findings.ts_us = None  # else it would count as of a year to come, in every recent window
     if limits.earliest_us is not None and stamp.us < limits.earliest_us:
         findings.blame("old", TIMESTAMP, text)
 

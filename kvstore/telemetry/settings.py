@@ -55,6 +55,7 @@ class Settings:
     future_limit: float | None = None
     age_limit: float | None = None
     metrics_file: str | None = None
+    dead_letter_topic: str | None = None
     kafka: Mapping[str, str] = field(default_factory=dict)
     catalog: Mapping[str, str] = field(default_factory=dict)
 

@@ -11,10 +11,13 @@ import typer
 from kvstore.cli.telemetry import (
     audit,
     check,
+    contract,
     demo,
     ingest,
     maintain,
     migrate,
+    produce,
+    quality,
     query,
     rejects,
     simulate,
@@ -48,6 +51,23 @@ app.command(
         "ingest --settings pipeline.toml --max-rejected 1%",
     )
 )(ingest.ingest)
+
+contracts = typer.Typer(
+    help="What an event has to be, and what a new version would change.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+contracts.command(epilog=examples("contract show", "contract show mine.yaml --json"))(contract.show)
+contracts.command(epilog=examples("contract check v3.yaml v2"))(contract.check)
+contracts.command(epilog=examples("contract diff v2 v3.yaml --against ops.kv"))(contract.diff)
+app.add_typer(contracts, name="contract")
+app.command(
+    epilog=examples(
+        "quality ops.kv --since 1h",
+        "quality lake/ --html report.html --fail-under 99",
+        "quality ops.kv --json | jq .dimensions",
+    )
+)(quality.quality)
 app.command(
     epilog=examples(
         "query ops.kv --device sensor-123 --last 1h",
@@ -76,3 +96,11 @@ app.command(
         "migrate lake/ --to ops.kv --verify-only",
     )
 )(migrate.migrate)
+app.command(
+    epilog=examples(
+        "produce kafka://localhost:9092/telemetry events.jsonl",
+        "simulate --rate 1000 | kvstore telemetry produce kafka://localhost:9092/telemetry",
+        "produce kafka://localhost:9092/telemetry events.jsonl "
+        "--kafka-option schema.registry.url=http://localhost:8081",
+    )
+)(produce.produce)

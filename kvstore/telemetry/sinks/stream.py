@@ -26,7 +26,7 @@ from kvstore.settings import Settings
 from kvstore.store import Store, open_store
 from kvstore.telemetry import counts as quality
 from kvstore.telemetry.contract import Contract
-from kvstore.telemetry.counts import decided, summed
+from kvstore.telemetry.counts import HOUR_US, named, summed
 from kvstore.telemetry.records import (
     Claim,
     Count,
@@ -200,7 +200,7 @@ class StreamSink:
         conflicts = [_conflict(work, row) for row in conflicting]
         places = self._append_letters(store, work, [*work.rejections, *conflicts])
         letters.append_changes(store, work.changes, {(c.place, c.offset) for c in conflicts})
-        tables.append_counts(store, summed([*work.seen, *decided(readings, fates)]))
+        tables.append_counts(store, summed([*work.seen, *_decided(readings, device, fates)]))
         duplicates = len(fates) - len(stored) - len(conflicts)
         rejected = len(work.rejections) + len(conflicts)
         return Outcome(len(stored), duplicates, rejected, len(conflicts)), places
@@ -379,6 +379,21 @@ def _opened(path: str, mode: Literal["r", "w"]) -> Store:
     # Of a store of many devices, one clock's steps say nothing.
     settings = Settings(clock_step_s=None) if is_new else None
     return open_store(path, "w", flush_interval_s=None, settings=settings)
+
+
+def _decided(
+    readings: Readings, device: NDArray[np.int64], fates: NDArray[np.uint8]
+) -> list[Count]:
+    """What counts.decided says, from the devices' numbers: a tenth of the time."""
+    if not len(fates):
+        return []
+    hours, hour = np.unique(readings.ts_us // HOUR_US, return_inverse=True)
+    codes = (device * len(hours) + hour) * len(Fate) + fates
+    groups, first, values = np.unique(codes, return_index=True, return_counts=True)
+    names = [readings.device_id[row] for row in first.tolist()]
+    begins = (hours[groups // len(Fate) % len(hours)] * HOUR_US).tolist()
+    keys = zip(names, begins, (groups % len(Fate)).tolist(), strict=True)
+    return named(zip(keys, values.tolist(), strict=True))
 
 
 def _conflict(work: Work, row: int) -> Rejection:

@@ -29,7 +29,7 @@ from kvstore.telemetry.records import Chunk, Place, Position
 from kvstore.telemetry.source import OnAssigned, OnRevoked
 from kvstore.telemetry.sources.lines import NOTHING, LineReader, Lines
 
-STDIN: Final = "-"
+STDIN: Final = "-"  # as in opening.py
 GENERATIONS_MAX: Final = 10_000  # files that ever stood under one path: daily for 27 years
 LOOK_S: Final = 0.1  # between looks at files that are followed
 _STDIN_FD: Final = 0
