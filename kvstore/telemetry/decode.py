@@ -57,7 +57,7 @@ _CANNOT_DECODE: Final = (msgspec.MsgspecError, UnicodeDecodeError, TypeError, Re
 class Block:
     """Valid events of a block by column, in the order of ``index``, their places in the block.
 
-    unknown: of each event the names of its fields that the contract does not know.
+    unknown: the names of fields that the contract does not know, by place, where there are any.
     left: the places of all others, ascending.
     """
 
@@ -67,14 +67,21 @@ class Block:
     finer: NDArray[np.bool_]
     values: dict[str, Column]
     extras: list[str | None]
-    unknown: list[tuple[str, ...]]
+    unknown: dict[int, tuple[str, ...]]
     left: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.index)
 
+    def shift(self, start: int) -> None:
+        """Count places from a block's start on."""
+        self.index += start
+        self.left += start
+        if self.unknown:
+            self.unknown = {at + start: names for at, names in self.unknown.items()}
+
     def take(self, places: NDArray[Any]) -> Block:
-        """Those events, in that order; nothing is left of the others."""
+        """Those events, in that order; unknown fields are all theirs, nothing is left."""
         order = places.tolist()
 
         def taken(column: list[_T]) -> list[_T]:
@@ -90,7 +97,7 @@ class Block:
                 for name, column in self.values.items()
             },
             taken(self.extras),
-            taken(self.unknown),
+            self.unknown,
             NOTHING,
         )
 
@@ -131,7 +138,7 @@ class Decoder:
                 for each, column in zip(self._getters, columns, strict=True)
             },
             [None] * len(events),
-            [()] * len(events),
+            {},
             np.array(missed, np.int64),
         )
         sure = stamp.sure & self._in_limits(block, limits)
@@ -227,7 +234,7 @@ class Decoder:
                 return False  # nested ones may hide a key that stands twice
         if quotes != len(extras) * _KEY_QUOTES + texts * _TEXT_QUOTES:
             return False
-        block.unknown[at] = tuple(extras)
+        block.unknown[int(block.index[at])] = tuple(extras)
         if self._contract.unknown == "keep":
             block.extras[at] = canonical(extras)
         return True

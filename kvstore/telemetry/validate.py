@@ -74,8 +74,7 @@ class Validator:
         rejections: list[Rejection] = []
         for start in range(0, len(chunk.payloads), BLOCK_EVENTS):
             block = self._decoder.block(chunk.payloads[start : start + BLOCK_EVENTS], limits)
-            block.index += start
-            block.left += start
+            block.shift(start)
             blocks.append(self._examined(block, chunk, limits, rejections))
         whole = _joined(blocks, self.contract)
         raw = chunk.payloads if not rejections else [chunk.payloads[i] for i in whole.index]
@@ -142,7 +141,7 @@ def _merged(block: Block, valid: list[tuple[int, Findings]], contract: Contract)
             for field in contract.values
         },
         [each.extras for each in found],
-        [each.unknown for each in found],
+        {at: each.unknown for at, each in valid if each.unknown},
         NOTHING,
     )
     both = _joined([block, slow], contract)
@@ -169,7 +168,7 @@ def _joined(blocks: list[Block], contract: Contract) -> Block:
             for field in contract.values
         },
         _lists([block.extras for block in blocks]),
-        _lists([block.unknown for block in blocks]),
+        {at: names for block in blocks for at, names in block.unknown.items()},
         NOTHING,
     )
 
