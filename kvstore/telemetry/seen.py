@@ -1,7 +1,7 @@
 """What is counted of events before a sink decides on them, by device and hour.
 
-Memory is bounded: of a fleet of more devices than DEVICES_MAX the newest times are forgotten and
-learned anew; of unknown fields the first UNKNOWN_MAX names are told apart, the others share "*".
+Memory is bounded: the newest times are forgotten with the devices' numbers; of unknown fields the
+first UNKNOWN_MAX names are told apart, the others share "*".
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from kvstore.telemetry.contract import Contract
     from kvstore.telemetry.decode import Block
+    from kvstore.telemetry.devices import Devices
 
-DEVICES_MAX: Final = 1_000_000  # some 100 MB
 UNKNOWN_MAX: Final = 100
 UNKNOWN_CHARS_MAX: Final = 64
 
@@ -32,12 +32,11 @@ _SPREAD_MAX: Final = 8  # cells of a table of counts for each event that is coun
 class Seen:
     """Counts what passes, chunk after chunk."""
 
-    def __init__(self, contract: Contract, *, late_after_us: int) -> None:
+    def __init__(self, contract: Contract, devices: Devices, *, late_after_us: int) -> None:
         self._late_after_us = late_after_us
         self._latency_us = None if contract.latency_s is None else round(contract.latency_s * 1e6)
-        self._codes: dict[str, int] = {}
-        self._names: list[str] = []  # by code
-        self._newest = np.empty(0, np.int64)  # by code
+        self._devices = devices
+        self._newest = np.empty(0, np.int64)  # by device
         self._fields: set[str] = set()
 
     def counts(
@@ -55,29 +54,24 @@ class Seen:
         return counts.summed([*found, *self._of_rejections(rejections, now_us)])
 
     def _of_readings(self, block: Block, appended_us: NDArray[np.int64] | None) -> Iterator[Count]:
-        codes = self._coded(block.device_id)
-        cells = _Cells(self._names, codes, block.ts_us)
+        self._grow(len(self._devices.names))
+        cells = _Cells(self._devices.names, block.device, block.ts_us)
         yield from cells.counts(counts.RECEIVED)
-        yield from cells.counts(counts.LATE, self._late(codes, block.ts_us))
+        yield from cells.counts(counts.LATE, self._late(block.device, block.ts_us))
         yield from cells.counts(counts.FINER, block.finer)
         if appended_us is not None and self._latency_us is not None:
             yield from cells.counts(counts.TIMED)
             yield from cells.counts(counts.DELAYED, appended_us - block.ts_us > self._latency_us)
         yield from self._drift(block)
 
-    def _coded(self, devices: list[str]) -> NDArray[np.int64]:
-        if len(self._codes) > DEVICES_MAX:
-            self._codes.clear()
-            self._names.clear()
-            self._newest = np.empty(0, np.int64)
-        known = self._codes
-        for device in set(devices).difference(known):
-            known[device] = len(known)
-            self._names.append(device)
-        if len(known) > len(self._newest):
-            fresh = np.full(len(known) * 2 - len(self._newest), _NEVER)
+    def forget(self) -> None:
+        """The devices have been given other numbers."""
+        self._newest = np.empty(0, np.int64)
+
+    def _grow(self, devices: int) -> None:
+        if devices > len(self._newest):
+            fresh = np.full(2 * devices - len(self._newest), _NEVER)
             self._newest = np.concatenate([self._newest, fresh])
-        return np.fromiter(map(known.__getitem__, devices), np.int64, len(devices))
 
     def _late(self, codes: NDArray[np.int64], ts_us: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which are older than the newest of their device before them, by more than the limit."""
