@@ -23,7 +23,6 @@ from bench.telemetry.events import EVENT_BYTES
 MEASUREMENTS: Final[tuple[Measurement, ...]] = (
     *validation.MEASUREMENTS,
     *embedded.MEASUREMENTS,
-    *embedded.MEASUREMENTS,
     *postgres.MEASUREMENTS,
     *lake.MEASUREMENTS,
     *kafka.MEASUREMENTS,
