@@ -289,6 +289,7 @@ def test_retention_that_overtakes_a_reader_is_found_as_well(forgetful):
     forgetful.produce("slow", LARGE[:2])
     notebook = Notebook()
     small = {"queued.max.messages.kbytes": 1, "queued.min.messages": 1}  # prefetch next to nothing
+    small["fetch.queue.backoff.ms"] = 10
     with reading(forgetful, "slow", notebook, options=small, accept_loss=True) as source:
         read_until(source, notebook, lambda: notebook.count == 1, events_max=1)
         forgetful.produce("slow", LARGE[2:])
@@ -321,7 +322,7 @@ def test_a_broker_that_stops_answering_for_a_while_loses_nothing():
         with reading(kafka, topic, notebook) as source:
             read_until(source, notebook, lambda: notebook.count == 10)
             kafka.process.send_signal(signal.SIGSTOP)
-            notebook.keep(source.poll(events_max=10, bytes_max=10**6, wait_s=1.5))
+            notebook.keep(source.poll(events_max=10, bytes_max=10**6, wait_s=0.5))
             kafka.process.send_signal(signal.SIGCONT)
             kafka.produce(topic, numbered(10, of=1), partition=0)
             read_until(source, notebook, lambda: notebook.count >= 20)

@@ -8,14 +8,13 @@ the pipeline's own process used stands in the details.
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, Final, NamedTuple
 
@@ -140,9 +139,8 @@ class Bench:
 
     def lake(self) -> Run:
         """Into a lake of its own."""
-        path: Path = self._folder / "lake"
-        shutil.rmtree(path, ignore_errors=True)
-        return self._into(IcebergSink.open(str(path), brief()), BEST["lake"])
+        with tempfile.TemporaryDirectory(dir=self._folder) as path:
+            return self._into(IcebergSink.open(path, brief()), BEST["lake"])
 
     def _into(self, opened: AbstractContextManager[Sink], limits: Limits) -> Run:
         watch = Watch()
