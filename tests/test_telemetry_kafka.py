@@ -346,6 +346,17 @@ def test_an_error_of_the_sink_ends_the_poll(kafka):
         read(kafka, topic, notebook, 1, kind=KafkaSource)
 
 
+def test_a_topic_recreated_before_a_rebalance_is_found_in_it(kafka, monkeypatch):
+    """Else the new id would be believed, and the partitions of before be read on as of the new."""
+    topic = kafka.create(partitions=2)
+    notebook = Notebook()
+    with reading(kafka, topic, notebook) as source:
+        told = source._cluster.topic()._replace(topic_id="another")
+        monkeypatch.setattr(Cluster, "topic", lambda self, **_: told)
+        with pytest.raises(SourceError, match="created again while it was read"):
+            source._take([1])
+
+
 @pytest.mark.parametrize("make", [Cluster, LineProducer, DeadTopic])
 def test_an_option_that_librdkafka_does_not_know_is_an_error(make):
     with pytest.raises(SourceError, match=r"kafka://h:1/t: .*no\.such\.option"):

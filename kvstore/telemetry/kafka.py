@@ -8,6 +8,7 @@ never printed. librdkafka's errors are translated here.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
 
 from kvstore.errors import SourceError
+from kvstore.events import Event, Level, Report
 
 SCHEME: Final = "kafka"
 ANSWER_S: Final = 15.0  # for a question to the cluster: a broker's own limit for most is 10 s
@@ -146,3 +148,20 @@ def translated(error: KafkaException | KafkaError, address: Address) -> SourceEr
     if cause.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
         return SourceError(f"{address}: not allowed to read the topic; grant READ and DESCRIBE")
     return SourceError(f"{address}: {cause.str()}")
+
+
+class _Relay(logging.Handler):
+    def __init__(self, report: Report):
+        super().__init__(logging.WARNING)
+        self._tell = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level: Level = "error" if record.levelno >= logging.ERROR else "warning"
+        self._tell(Event(level, "librdkafka", record.getMessage()))
+
+
+def relay(report: Report) -> logging.Logger:
+    """What librdkafka is to log to: of warnings and errors it makes events."""
+    logger = logging.Logger("kvstore.kafka")  # noqa: LOG001 - each source has its own listener
+    logger.addHandler(_Relay(report))
+    return logger
