@@ -49,6 +49,7 @@ from kvstore.telemetry.source import Source
 from kvstore.telemetry.validate import Validator
 
 if TYPE_CHECKING:
+
     from kvstore.telemetry.contract import Contract
 
 ROWS_MAX: Final = 50_000  # beyond, a commit costs its rows alone: kvstore and COPY alike
