@@ -184,8 +184,8 @@ class Tables:
         self._session.run(alone)
 
     def _exist(self, connection: Connection) -> bool:
-        # Not to_regclass: it answers from the session's cache, and takes no lock that would bring it
-        # up to date, so that whoever waited for another's tables made them again.
+        # Not to_regclass: it answers from the session's cache and takes no lock that would bring
+        # that up to date, so that whoever waited for another's tables made them again.
         found = connection.execute(
             "SELECT FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace "
             "WHERE nspname = %s AND relname = 'commits'",
