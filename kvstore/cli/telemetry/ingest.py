@@ -129,6 +129,8 @@ def ingest(
     refuses becomes a dead letter: see `kvstore telemetry rejects`. Exit code 3 where the source had
     dropped events before their turn, and --accept-loss went on.
     """
+    from kvstore.telemetry.pipeline import collect_rarely  # noqa: PLC0415
+
     given = options(
         settings,
         source=source,
@@ -149,6 +151,7 @@ def ingest(
         kafka_options=kafka_options,
     )
     libc.keep_freed_memory()
+    collect_rarely()
     with stop_signal() as stop:
         run = Run(given, Log(log_format), stop)
         progress = run.run()
