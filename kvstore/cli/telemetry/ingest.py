@@ -128,6 +128,8 @@ def ingest(
     The sink keeps how far the source was read, in the same commit as the rows. What the contract
     refuses becomes a dead letter: see `kvstore telemetry rejects`.
     """
+    from kvstore.telemetry.pipeline import collect_rarely  # noqa: PLC0415
+
     given = options(
         settings,
         source=source,
@@ -148,6 +150,7 @@ def ingest(
         kafka_options=kafka_options,
     )
     libc.keep_freed_memory()
+    collect_rarely()
     with stop_signal() as stop:
         progress = Run(given, Log(log_format), stop).run()
     if as_json:
