@@ -11,6 +11,7 @@ from hypothesis import settings
 from kafka_server import kafka  # noqa: F401 - a fixture
 from postgres_server import postgres, postgres_server  # noqa: F401 - fixtures
 from powercut import checker, recorder
+from registry_server import registry  # noqa: F401 - a fixture
 from stores import SEED, check_store, scratch
 
 from kvstore import environment

@@ -64,7 +64,7 @@ class Kafka:
 
         producer = Producer({"bootstrap.servers": self.servers, "log_level": 2, "linger.ms": 1})
         where = {} if partition is None else {"partition": partition}
-        for event, key in zip(events, keys or itertools.repeat(None)):
+        for event, key in zip(events, keys or itertools.repeat(None), strict=False):
             producer.produce(topic, event, key=key, headers=headers, **where)
         assert producer.flush(READY_S) == 0
 
@@ -98,7 +98,7 @@ def started():
     program = tansu()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        servers = "127.0.0.1:{}".format(probe.getsockname()[1])
+        servers = f"127.0.0.1:{probe.getsockname()[1]}"
     url = f"tcp://{servers}"
     command = [program, "broker", "--storage-engine", "memory://tansu/"]
     command += ["--listener-url", url, "--advertised-listener-url", url]

@@ -1,36 +1,21 @@
-"""The lake as a sink: what every sink does, and what is Iceberg's own."""
+"""The lake as a sink does what every sink does: the conformance suite and the model."""
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import tempfile
-from pathlib import Path
-
 import pytest
+from lakes import fresh_lake
 from sink_conformance import SinkConformance
-
-from kvstore.telemetry.sinks.iceberg import IcebergSink
-
-
-def scratch() -> Path:
-    """A folder in memory where there is one: what is tested here is no disk."""
-    shm = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="kvstore-lake-", dir=shm if shm.is_dir() else None))
-
-
-@contextlib.contextmanager
-def fresh_lake():
-    folder = scratch()
-    try:
-        yield lambda contract: IcebergSink.open(str(folder / "lake"), contract=contract)
-    finally:
-        shutil.rmtree(folder)
+from telemetry_model import check_sink_against_model
 
 
 class TestIcebergSink(SinkConformance):
-    examples = 4
+    examples = 3  # a commit is some 30 ms; more of them below
 
     @pytest.fixture
     def fresh(self):
         return fresh_lake
+
+
+@pytest.mark.slow
+def test_it_does_as_the_model_at_length():
+    check_sink_against_model(fresh_lake, examples=25)

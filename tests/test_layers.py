@@ -56,7 +56,16 @@ THIRD_PARTY = {
     "cli": {"typer", "rich"},
     "plots": {"matplotlib"},
     "export": {"pyarrow", "pandas", "h5py", "zarr", "xarray", "torch"},
-    "telemetry": {"msgspec", "yaml", "pyarrow", "psycopg", "pyiceberg", "confluent_kafka"},
+    "telemetry": {
+        "msgspec",
+        "yaml",
+        "pyarrow",
+        "psycopg",
+        "pyiceberg",
+        "confluent_kafka",
+        "sqlalchemy",
+        "fastavro",
+    },
     "dayfiles": {"polars", "pyarrow", "matplotlib", "dask", "distributed"},
 }
 
@@ -67,7 +76,9 @@ HEAVY = {"typer", "rich", "pandas", "pyarrow", "matplotlib", "polars", "h5py", "
     "yaml",
     "psycopg",
     "pyiceberg",
+    "sqlalchemy",
     "confluent_kafka",
+    "fastavro",
 }
 
 UNKNOWN = "not in the table of floors"

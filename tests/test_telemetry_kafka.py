@@ -12,7 +12,7 @@ import pytest
 from kafka_server import MEMBER, started
 
 from kvstore.errors import SourceError
-from kvstore.telemetry.kafka import Cluster, Topic, environment_options, parse_address, parse_option
+from kvstore.telemetry.kafka import Cluster, Topic, environment_options, group_of, parse_address
 from kvstore.telemetry.records import Place, Position
 from kvstore.telemetry.sources.kafka import KafkaSource, consumer_options
 
@@ -179,7 +179,9 @@ def test_the_sink_alone_says_where_reading_begins(kafka):
     notebook = Notebook()
     with reading(kafka, topic, notebook) as source:
         read_until(source, notebook, lambda: notebook.count == 20)
-        read_until(source, notebook, lambda: kafka.group_offsets("g-" + topic, topic, 2) == [10, 10])
+        read_until(
+            source, notebook, lambda: kafka.group_offsets("g-" + topic, topic, 2) == [10, 10]
+        )
     again = Notebook()
     for place, position in notebook.positions.items():
         if place.partition == 0:
@@ -305,7 +307,7 @@ def test_events_past_their_retention_are_an_error_unless_the_loss_is_accepted(fo
 
 
 def test_retention_that_overtakes_a_reader_is_found_as_well(forgetful):
-    """The reader is slow: its queue is full of what it has, and the broker drops what comes next."""
+    """Its queue is full of what it has read; meanwhile the broker drops what comes next."""
     forgetful.produce("slow", LARGE[:2])
     notebook = Notebook()
     small = {"queued.max.messages.kbytes": 1, "queued.min.messages": 1}  # prefetch next to nothing
@@ -389,12 +391,9 @@ def test_a_password_in_an_address_is_refused_and_not_repeated():
     assert "secret" not in str(caught.value)
 
 
-def test_options_come_from_the_environment_and_from_flags():
+def test_options_come_from_the_environment():
     environ = {"KVSTORE_KAFKA_SASL_PASSWORD": "s", "KVSTORE_OTHER": "x", "PATH": "/bin"}
     assert environment_options(environ) == {"sasl.password": "s"}
-    assert parse_option("client.rack=eu=1") == ("client.rack", "eu=1")
-    with pytest.raises(SourceError, match="NAME=VALUE"):
-        parse_option("client.rack")
 
 
 def test_any_option_passes_through_but_those_that_promises_rest_on():
@@ -410,6 +409,21 @@ def test_any_option_passes_through_but_those_that_promises_rest_on():
         consumer_options(address, "g", {"partition.assignment.strategy": "range"})
     newer = consumer_options(address, "g", {"group.protocol": "consumer"})
     assert "partition.assignment.strategy" not in newer
+
+
+def test_the_workers_of_a_sink_are_one_group_and_no_other_sink_is_in_it(tmp_path):
+    one = group_of("postgres", "postgresql://me:secret@db:5432/ops?sslmode=require")
+    assert one == group_of("postgres", "postgresql://you@db:5432/ops")
+    assert one.startswith("kvstore-postgres-ops-")
+    others = [
+        group_of("postgres", "postgresql://db2:5432/ops"),
+        group_of("postgres", "postgresql:///ops?host=/run/one"),
+        group_of("postgres", "postgresql:///ops?host=/run/two"),
+        group_of("lake", str(tmp_path / "ops")),
+        group_of("lake", str(tmp_path / "a" / "ops")),
+    ]
+    assert len({one, *others}) == 6
+    assert group_of("lake", f"{tmp_path}/x/../ops/") == group_of("lake", f"{tmp_path}/ops")
 
 
 def test_json_is_not_looked_at(kafka):

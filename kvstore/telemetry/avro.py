@@ -25,6 +25,7 @@ import fastavro
 import msgspec
 
 from kvstore.errors import SourceError
+from kvstore.telemetry.contract import DEVICE, TIMESTAMP, Contract
 from kvstore.telemetry.records import Headers
 
 MAGIC: Final = 0
@@ -160,9 +161,37 @@ def _failed(reason: str) -> Headers:
     return ((ERROR, reason[:_ERROR_CHARS].encode()),)
 
 
-def encode(event: Any, schema: Any, schema_id: int) -> bytes:
-    """An event in the wire format; fastavro's own errors where it does not fit the schema."""
-    out = io.BytesIO()
-    out.write(bytes([MAGIC]) + schema_id.to_bytes(4, "big"))
-    fastavro.schemaless_writer(out, schema, event)
-    return out.getvalue()
+def schema_of(contract: Contract) -> dict[str, Any]:
+    """The contract as an Avro schema; fields that may be absent default to null."""
+    fields: list[dict[str, Any]] = [
+        {"name": DEVICE, "type": "string"},
+        {"name": TIMESTAMP, "type": "string"},
+    ]
+    for each in contract.values:
+        kind = "double" if each.is_number else "string"
+        if each.required:
+            fields.append({"name": each.name, "type": kind})
+        else:
+            fields.append({"name": each.name, "type": ["null", kind], "default": None})
+    return {"type": "record", "name": "Telemetry", "namespace": "kvstore", "fields": fields}
+
+
+class Encoder:
+    """JSON lines -> the wire format, of one schema, registered for the topic's values."""
+
+    def __init__(self, registry: Registry, topic: str, schema: Any):
+        self._prefix = bytes([MAGIC]) + registry.register(f"{topic}-value", schema).to_bytes(
+            4, "big"
+        )
+        self._schema = fastavro.parse_schema(schema)
+
+    def encode(self, line: bytes) -> bytes:
+        """ValueError where the line does not fit the schema, unknown fields included."""
+        out = io.BytesIO()
+        out.write(self._prefix)
+        try:
+            event = msgspec.json.decode(line)
+            fastavro.schemaless_writer(out, self._schema, event, strict_allow_default=True)
+        except Exception as error:
+            raise ValueError(f"not of the Avro schema: {error}") from error
+        return out.getvalue()

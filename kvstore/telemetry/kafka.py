@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
@@ -77,20 +77,12 @@ def parse_address(url: str) -> Address:
 
 
 def environment_options(environ: Mapping[str, str]) -> dict[str, str]:
-    """librdkafka's options from variables: KVSTORE_KAFKA_SSL_CA_LOCATION is ssl.ca.location."""
+    """Librdkafka's options from variables: KVSTORE_KAFKA_SSL_CA_LOCATION is ssl.ca.location."""
     return {
         name.removeprefix(_PREFIX).lower().replace("_", "."): value
         for name, value in environ.items()
         if name.startswith(_PREFIX)
     }
-
-
-def parse_option(text: str) -> tuple[str, str]:
-    """NAME=VALUE as one option; SourceError where it is not that."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise SourceError(f"{text!r}: expected NAME=VALUE, such as security.protocol=SASL_SSL")
-    return name, value
 
 
 def group_of(kind: str, target: str) -> str:
@@ -101,7 +93,9 @@ def group_of(kind: str, target: str) -> str:
     fence each other out, which is loud; half of the events each would not be.
     """
     parts = urlsplit(target)
-    where = f"{parts.hostname or ''}:{parts.port or ''}{parts.path}"
+    given = parse_qs(parts.query)  # PostgreSQL's may say there where its server is
+    host = parts.hostname or "".join(given.get("host", ()))
+    where = f"{host}:{parts.port or ''.join(given.get('port', ()))}{parts.path}"
     if not parts.scheme:
         where = os.path.realpath(target)
     name = re.sub(r"[^a-zA-Z0-9._-]", "-", where.rstrip("/").rpartition("/")[2])
@@ -136,7 +130,7 @@ class Cluster:
 
 
 def translated(error: KafkaException | KafkaError, address: Address) -> SourceError:
-    """librdkafka's error in our words."""
+    """Librdkafka's error in our words."""
     cause = error.args[0] if isinstance(error, KafkaException) else error
     if cause.code() in _GONE:
         return SourceError(

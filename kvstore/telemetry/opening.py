@@ -13,9 +13,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Final, Literal
 
-from kvstore.errors import SinkError, SourceError
+from kvstore.errors import SourceError
 from kvstore.events import Report
 
 if TYPE_CHECKING:  # contract.py loads yaml, and commands load this module for their --help
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # contract.py loads yaml, and commands load this module for t
     from kvstore.telemetry.sink import Sink
     from kvstore.telemetry.source import Source
 
+STDIN: Final = "-"
 Kind = Literal["store", "postgres", "lake"]
 Mode = Literal["r", "w"]
 _PASSWORD: Final = re.compile(r"(?<=://)([^/@\s:]*):([^@\s]+)@")
@@ -43,27 +44,26 @@ def is_store(name: str) -> bool:
 
 
 def open_sink(
-    target: str, contract: Contract, mode: Mode = "w", *, kind: Kind | None = None
+    target: str,
+    contract: Contract,
+    mode: Mode = "w",
+    *,
+    kind: Kind | None = None,
+    catalog: Mapping[str, str] | None = None,
 ) -> Sink:
-    """Open a sink; kind: where the name alone does not say it."""
+    """Open a sink. kind: where its name does not say it; catalog: of a lake, its properties."""
     kind = kind or kind_of(target)
     if kind == "store":
         from kvstore.telemetry.sinks.stream import StreamSink  # noqa: PLC0415
 
         return StreamSink.open(target, contract, mode=mode)
-    if mode == "r" and kind == "lake" and "://" not in target and not Path(target).is_dir():
-        raise SinkError(f"{target}: neither a store nor a lake; expected a folder that is there")
     if kind == "postgres":
         from kvstore.telemetry.sinks.postgres import PostgresSink  # noqa: PLC0415
 
         return PostgresSink.open(target, contract, mode=mode)
-    return cast("Sink", _opener()(target, contract))
-
-
-def _opener() -> Any:
     from kvstore.telemetry.sinks.iceberg import IcebergSink  # noqa: PLC0415
 
-    return IcebergSink.open
+    return IcebergSink.open(target, contract, mode=mode, catalog=catalog)
 
 
 def open_source(
@@ -76,13 +76,11 @@ def open_source(
     kafka: Mapping[str, str] | None = None,
 ) -> Source:
     """Open what events come from: files and stdin, or one Kafka topic, or one store."""
-    others = [name for name in names if name.startswith("kafka://") or is_store(name)]
+    others = _others(names)
     if not others:
         from kvstore.telemetry.sources.files import FilesSource  # noqa: PLC0415
 
         return FilesSource(names, run=run, follow=follow, report=report)
-    if len(names) > 1:
-        raise SourceError(f"{redacted(others[0])}: goes alone; start another ingest for the others")
     if others[0].startswith("kafka://"):
         from kvstore.telemetry.sources.kafka import KafkaSource  # noqa: PLC0415
 
@@ -90,6 +88,21 @@ def open_source(
     from kvstore.telemetry.sources.stream import StreamSource  # noqa: PLC0415
 
     return StreamSource(others[0], follow=follow, accept_loss=accept_loss, report=report)
+
+
+def check_sources(names: Sequence[str]) -> None:
+    """SourceError for names that cannot be sources, before a sink is made for them."""
+    others = _others(names)
+    if others and len(names) > 1:
+        raise SourceError(f"{redacted(others[0])}: goes alone; start another ingest for the others")
+    for name in names:
+        if not others and name != STDIN and not Path(name).exists():
+            raise SourceError(f"{name}: No such file; expected a file of JSON lines")
+
+
+def _others(names: Sequence[str]) -> list[str]:
+    """Names of sources that are no files."""
+    return [name for name in names if name.startswith("kafka://") or is_store(name)]
 
 
 def redacted(name: str) -> str:

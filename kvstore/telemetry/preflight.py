@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -46,13 +45,14 @@ def check(
     *,
     now_us: int,
     kafka: Mapping[str, str],
+    catalog: Mapping[str, str] | None = None,
 ) -> Iterator[Finding]:
     """Findings, in the order in which a run would meet them."""
     yield Finding("contract", True, f"version {contract.version}, {len(contract.values)} fields")
     for name in sources:
         yield from _source(name, contract, now_us, kafka)
     kind, target = sink
-    faults = list(_sink_faults(kind, target, contract))
+    faults = _sink_faults(kind, target, contract, catalog)
     if not faults:
         yield Finding("sink", True, f"{redacted(target)}: a {kind} that can be written")
     for fault in faults:
@@ -63,15 +63,31 @@ def _source(
     name: str, contract: Contract, now_us: int, kafka: Mapping[str, str]
 ) -> Iterator[Finding]:
     if name.startswith("kafka://"):
-        faults = list(_asked("kvstore.telemetry.sources.kafka", name, kafka))
-        text = "\n".join(faults) or f"{redacted(name)}: a topic that can be read"
-        yield Finding("source", not faults, text)
+        yield _topic(name, kafka)
     elif name == "-":
         yield Finding("source", True, "stdin")
     elif is_store(name):
         yield _store_source(name)
     else:
         yield from _file(Path(name), contract, now_us)
+
+
+def _topic(name: str, options: Mapping[str, str]) -> Finding:
+    from kvstore.telemetry import kafka as clusters  # noqa: PLC0415  # loads librdkafka
+
+    own = {"group.id", clusters.REGISTRY}  # not librdkafka's, or of a consumer alone
+    given = {**options, **clusters.environment_options(os.environ)}
+    given = {key: value for key, value in given.items() if key not in own}
+    try:
+        address = clusters.parse_address(name)
+        topic = clusters.Cluster(address, given).topic()
+    except KvstoreError as error:
+        return Finding("source", False, str(error))
+    if topic is None:
+        return Finding(
+            "source", False, f"{name}: nobody answers there within {clusters.ANSWER_S:.0f} s"
+        )
+    return Finding("source", True, f"{name}: a topic of {topic.partitions} partitions")
 
 
 def _store_source(name: str) -> Finding:
@@ -105,20 +121,18 @@ def _file(path: Path, contract: Contract, now_us: int) -> Iterator[Finding]:
         )
 
 
-def _sink_faults(kind: Kind, target: str, contract: Contract) -> Iterator[str]:
+def _sink_faults(
+    kind: Kind, target: str, contract: Contract, catalog: Mapping[str, str] | None
+) -> list[str]:
     if kind == "store":
-        yield from _store_faults(Path(target), contract)
-    else:
-        modules = {"postgres": "postgres", "lake": "iceberg"}
-        yield from _asked(f"kvstore.telemetry.sinks.{modules[kind]}", target, contract)
+        return list(_store_faults(Path(target), contract))
+    if kind == "postgres":
+        from kvstore.telemetry.sinks import postgres  # noqa: PLC0415
 
+        return postgres.preflight(target, contract)
+    from kvstore.telemetry.sinks import iceberg  # noqa: PLC0415
 
-def _asked(module: str, *arguments: Any) -> Iterator[str]:
-    """What the module that owns it finds."""
-    try:
-        yield from import_module(module).preflight(*arguments)
-    except KvstoreError as error:
-        yield str(error)
+    return iceberg.preflight(target, contract, catalog)
 
 
 def _store_faults(path: Path, contract: Contract) -> Iterator[str]:

@@ -19,7 +19,8 @@ import numpy as np
 
 from kvstore.errors import CommitUnknown, SettingsError
 from kvstore.telemetry import counts
-from kvstore.telemetry.pipeline import joined, new_run
+from kvstore.telemetry.gathered import joined
+from kvstore.telemetry.pipeline import new_run
 from kvstore.telemetry.records import (
     Chunk,
     Count,

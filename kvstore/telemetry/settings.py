@@ -6,6 +6,8 @@
     [kafka]
     "group.id" = "ops"
     "sasl.password" = "${KAFKA_PASSWORD}"
+    [catalog]
+    uri = "postgresql://lake:${LAKE_PASSWORD}@db/catalog"
 
 ``${NAME}`` stands for a variable of the environment, in any text: so a file can be shown to
 anybody. A flag on the command line goes before the file. What is misspelt is refused.
@@ -35,7 +37,8 @@ _REJECTED: Final = re.compile(r"(\d+)|(\d+(?:\.\d+)?)%")
 class Settings:
     """What `telemetry ingest` is told, by flags or by a file; durations in seconds.
 
-    max_rejected: "100" or "1%". kafka: options for librdkafka, as they are.
+    max_rejected: "100" or "1%". kafka: options for librdkafka, as they are. catalog: pyiceberg's
+    properties of the lake's catalog, where that is not an SQLite file in its folder.
     """
 
     source: tuple[str, ...] = ()
@@ -52,7 +55,9 @@ class Settings:
     future_limit: float | None = None
     age_limit: float | None = None
     metrics_file: str | None = None
+    dead_letter_topic: str | None = None
     kafka: Mapping[str, str] = field(default_factory=dict)
+    catalog: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sink(self) -> tuple[Kind, str]:
@@ -79,6 +84,7 @@ class Settings:
 DURATIONS: Final = frozenset({"batch_wait", "retry_for", "future_limit", "age_limit"})
 _KINDS: Final = {
     "follow": bool, "accept_loss": bool, "batch_rows": int, "source": list, "kafka": dict,
+    "catalog": dict,
 }  # fmt: skip
 
 
@@ -110,7 +116,7 @@ def _value(name: str, value: Any, environ: Mapping[str, str]) -> Any:
     if type(value) is not kind:
         raise SettingsError(f"{name} = {value!r}: expected {_WORDS[kind]}")
     if isinstance(value, dict):
-        return {key: expanded(_text(f"kafka.{key}", each), environ) for key, each in value.items()}
+        return {key: expanded(_text(f"{name}.{key}", each), environ) for key, each in value.items()}
     if isinstance(value, list):
         return tuple(expanded(_text(name, each), environ) for each in value)
     if not isinstance(value, str):

@@ -14,6 +14,9 @@ from kvstore.cli.telemetry import (
     contract,
     demo,
     ingest,
+    maintain,
+    migrate,
+    produce,
     quality,
     query,
     rejects,
@@ -80,3 +83,24 @@ app.command(
     )
 )(check.check)
 app.command(epilog=examples("demo", "demo --dir demo/ --events 20000"))(demo.demo)
+app.command(
+    epilog=examples(
+        "maintain lake/",
+        "maintain lake/ --keep 7d --dry-run --json",
+        "maintain lake/ --accept-rollback",
+    )
+)(maintain.maintain)
+app.command(
+    epilog=examples(
+        "migrate lake/ --to postgresql://ops@db/telemetry --from 2025-01-01 --until 2025-02-01",
+        "migrate lake/ --to ops.kv --verify-only",
+    )
+)(migrate.migrate)
+app.command(
+    epilog=examples(
+        "produce kafka://localhost:9092/telemetry events.jsonl",
+        "simulate --rate 1000 | kvstore telemetry produce kafka://localhost:9092/telemetry",
+        "produce kafka://localhost:9092/telemetry events.jsonl "
+        "--kafka-option schema.registry.url=http://localhost:8081",
+    )
+)(produce.produce)

@@ -44,7 +44,7 @@ def check(
         postgres=postgres,
         lake=lake,
         contract=contract,
-        kafka_option=kafka_option,
+        kafka_options=kafka_option,
     )
     found = list(
         preflight.check(
@@ -53,6 +53,7 @@ def check(
             contract_of(given.contract),
             now_us=time.time_ns() // 1000,
             kafka=given.kafka,
+            catalog=given.catalog,
         )
     )
     for finding in found:

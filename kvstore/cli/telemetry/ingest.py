@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 import numpy as np
 import typer
@@ -97,9 +97,20 @@ def ingest(
         str | None,
         typer.Option(metavar="DURATION", help="How old an event may be; no limit if not given."),
     ] = None,
-    kafka_option: Annotated[
+    kafka_options: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="An option for librdkafka; may be repeated."),
+        typer.Option(
+            "--kafka-option",
+            metavar="NAME=VALUE",
+            help="An option for librdkafka; may be repeated.",
+        ),
+    ] = None,
+    dead_letter_topic: Annotated[
+        str | None,
+        typer.Option(
+            metavar="kafka://HOST:PORT/TOPIC",
+            help="Send rejects there as well, after their commit, each at least once.",
+        ),
     ] = None,
     accept_loss: Annotated[
         bool,
@@ -117,6 +128,8 @@ def ingest(
     The sink keeps how far the source was read, in the same commit as the rows. What the contract
     refuses becomes a dead letter: see `kvstore telemetry rejects`.
     """
+    from kvstore.telemetry.pipeline import collect_rarely  # noqa: PLC0415
+
     given = options(
         settings,
         source=source,
@@ -133,9 +146,11 @@ def ingest(
         future_limit=future_limit,
         age_limit=age_limit,
         metrics_file=metrics_file,
-        kafka_option=kafka_option,
+        dead_letter_topic=dead_letter_topic,
+        kafka_options=kafka_options,
     )
     libc.keep_freed_memory()
+    collect_rarely()
     with stop_signal() as stop:
         progress = Run(given, Log(log_format), stop).run()
     if as_json:
@@ -146,7 +161,7 @@ def options(
     file: Path | None,
     *,
     source: Sequence[str] | None,
-    kafka_option: Sequence[str] | None,
+    kafka_options: Sequence[str] | None,
     **flags: Any,
 ) -> Settings:
     """What flags and file say together; passwords on the command line are refused."""
@@ -158,11 +173,12 @@ def options(
     for name in settled.DURATIONS & flags.keys():
         flags[name] = None if flags[name] is None else settled.duration_s(flags[name])
     flags["source"] = tuple(map(settled.without_password, source or ()))
-    flags["kafka"] = dict(map(_option, kafka_option or ()))
+    flags["kafka"] = dict(map(kafka_option, kafka_options or ()))
     return (settled.load(file) if file else settled.Settings()).changed(flags)
 
 
-def _option(text: str) -> tuple[str, str]:
+def kafka_option(text: str) -> tuple[str, str]:
+    """NAME=VALUE as one option."""
     name, equals, value = text.partition("=")
     if not equals:
         raise typer.BadParameter(f"{text!r}: expected NAME=VALUE, such as group.id=ops")
@@ -179,17 +195,18 @@ class Run:
 
     def run(self) -> Progress:
         """Until the source ends or a signal comes; says what came of it."""
-        from kvstore.telemetry.opening import open_sink, redacted  # noqa: PLC0415
+        from kvstore.telemetry.opening import check_sources, open_sink, redacted  # noqa: PLC0415
 
         kind, target = self.settings.sink
         if not self.settings.source:
             raise SettingsError("no source given; expected files, -, kafka://… or a store")
+        check_sources(self.settings.source)
         if "-" in self.settings.source and sys.stdin.isatty():
             raise typer.BadParameter("stdin is a terminal: pipe events in, or name files")
         contract = contract_of(self.settings.contract)
-        with open_sink(target, contract, kind=kind) as sink:
+        with open_sink(target, contract, kind=kind, catalog=self.settings.catalog) as sink:
             sink.evolve(contract)
-            pipeline = self._pipeline(sink, contract)
+            pipeline = self._pipeline(self._publishing(sink), contract)
             with self._shown(pipeline.progress), self._metrics(pipeline.progress, target):
                 try:
                     pipeline.run()
@@ -202,12 +219,13 @@ class Run:
         from kvstore.telemetry.opening import open_source  # noqa: PLC0415
         from kvstore.telemetry.settings import rejected_max  # noqa: PLC0415
 
-        given = self.settings
+        given, (kind, _) = self.settings, self.settings.sink
         count_max, share_max = rejected_max(given.max_rejected)
         run = loop.new_run(time.time_ns() // 1000)
         limits = loop.Limits(
-            rows_max=given.batch_rows or loop.ROWS_MAX,
-            wait_s=loop.WAIT_S if given.batch_wait is None else given.batch_wait,
+            rows_max=given.batch_rows or loop.BEST[kind].rows_max,
+            bytes_max=loop.BEST[kind].bytes_max,
+            wait_s=loop.BEST[kind].wait_s if given.batch_wait is None else given.batch_wait,
             retry_s=loop.RETRY_S if given.retry_for is None else given.retry_for,
             rejected_max=count_max,
             rejected_share_max=share_max,
@@ -231,6 +249,15 @@ class Run:
             sleep=self._waited,
             validator={name: value for name, value in ages.items() if value is not None},
         )
+
+    def _publishing(self, sink: Sink) -> Sink:
+        """The sink, and a topic for its dead letters if there is to be one."""
+        if self.settings.dead_letter_topic is None:
+            return sink
+        from kvstore.telemetry.dead_topic import DeadTopic, Publishing  # noqa: PLC0415
+
+        topic = DeadTopic.open(self.settings.dead_letter_topic, self.settings.kafka)
+        return cast("Sink", Publishing(sink, topic))
 
     def _kafka(self) -> dict[str, str]:
         """Options for librdkafka; the workers of a sink are one group, unless told otherwise."""

@@ -17,7 +17,9 @@ nothing refers to after days, behind a snapshot of its own, after which no old c
     iceberg_lake   catalog, tables, swap          iceberg_files  durable files
     iceberg_state  positions, epochs, the head    iceberg_keys   the anti-join
     iceberg_side   dead letters and counts        iceberg_scan   data files by partition and time
-    iceberg_rows   records <-> Arrow              iceberg_maintain  compact, expire, remove
+    iceberg_rows   records <-> Arrow              iceberg_write  rows -> a data file
+    iceberg_commit one snapshot of ours           iceberg_view   reading, as a snapshot has it
+    iceberg_maintain  compact, expire, remove     iceberg_compare  values of one identity
 """
 
 from __future__ import annotations
@@ -27,16 +29,12 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
-from pyiceberg.expressions import And, EqualTo
 
-from kvstore.errors import SinkError
+from kvstore.errors import Fenced
 from kvstore.telemetry import counts
-from kvstore.telemetry.contract import Contract
 from kvstore.telemetry.records import (
     Claim,
     Count,
@@ -52,50 +50,66 @@ from kvstore.telemetry.records import (
     State,
     Work,
 )
-from kvstore.telemetry.sinks import iceberg_rows as rows
 from kvstore.telemetry.sinks import iceberg_side as side
 from kvstore.telemetry.sinks import iceberg_state as states
+from kvstore.telemetry.sinks.iceberg_commit import Step, advance, loaded
 from kvstore.telemetry.sinks.iceberg_keys import Batch, Keys
 from kvstore.telemetry.sinks.iceberg_lake import (
     BUCKETS,
     COUNTS,
     DEAD_LETTERS,
-    Change,
     Lake,
+    LostRace,
     evolve,
     open_lake,
     raced,
     races,
-    scan,
-    swap,
     translated,
 )
+from kvstore.telemetry.sinks.iceberg_preflight import preflight
 from kvstore.telemetry.sinks.iceberg_scan import (
     DataFile,
     Files,
-    between,
-    in_slices,
-    tasks,
 )
+from kvstore.telemetry.sinks.iceberg_view import View, view
 from kvstore.telemetry.sinks.iceberg_write import write
 
-READ_ROWS_MAX: Final = 250_000  # of a batch that is read
-REUSE_S: Final = 600  # files written longer ago may have been taken for garbage
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-NOTHING: Final = Outcome(0, 0, 0, 0)
+    from kvstore.telemetry.contract import Contract
+
+__all__ = ["IcebergSink", "preflight"]
+
+REUSE_S: Final = 600  # files written longer ago may have been taken for garbage
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """Data files of an attempt, usable by the next one if the same readings are kept."""
+class Decided:
+    """An attempt to commit: fates of the readings, and the files of those that are stored."""
 
-    kept: NDArray[np.bool_]
+    batch: Batch
+    fates: NDArray[np.uint8]
     entries: Sequence[Any]
-    at_s: float
+    written_s: float
 
-    def fits(self, kept: NDArray[np.bool_]) -> bool:
-        """Whether they hold just these readings, and are surely still there."""
-        return np.array_equal(self.kept, kept) and time.monotonic() - self.at_s < REUSE_S
+    @property
+    def kept(self) -> NDArray[np.bool_]:
+        """Which readings are stored."""
+        found: NDArray[np.bool_] = self.fates == Fate.STORED
+        return found
+
+    def fits(self, batch: Batch, fates: NDArray[np.uint8]) -> bool:
+        """Whether the files hold just what is to be stored now, and are surely still there."""
+        same = batch is self.batch and np.array_equal(self.kept, fates == Fate.STORED)
+        return same and time.monotonic() - self.written_s < REUSE_S
+
+    def files(self) -> list[DataFile]:
+        """Enough of the files to know their keys by."""
+        return [
+            DataFile(e.file_path, (e.partition[0], e.partition[1]), 0, 0, e.record_count, 0, e)
+            for e in self.entries
+        ]
 
 
 class IcebergSink:
@@ -145,7 +159,7 @@ class IcebergSink:
 
     def positions(self, source: str | None = None) -> list[Position]:
         """How far each place was read and committed, of one source or of all."""
-        _, state = self._loaded()
+        _, state = loaded(self._lake)
         found = [mark.position for mark in state.marks.values() if mark.commit_id]
         return sorted(each for each in found if source in (None, each.place.source))
 
@@ -153,121 +167,80 @@ class IcebergSink:
         """Take the places over: any earlier claim of them can commit no more."""
         commit_id = f"claim-{uuid.uuid4()}"
         for attempt in races():
-            table, state = self._loaded()
+            table, state = loaded(self._lake)
             after, claims = state.claimed(places)
             with raced(attempt):
-                self._swap(table, state, after, commit_id=commit_id)
+                advance(self._lake, table, state, after, Step(commit_id))
                 return claims
         raise AssertionError
 
     def settle(self, work: Work) -> Outcome | None:
         """What the commit of that id did, or None where it is not there."""
-        table, state = self._loaded()
+        table, state = loaded(self._lake)
         return states.outcome_of(table.metadata, state, work.commit_id)
-
-    def _loaded(self) -> tuple[Any, states.State]:
-        table = self._lake.table()
-        with translated(self._lake.location):
-            state = states.state_of(table.metadata)
-            states.check_lineage(table.metadata, state, self._lake.location)
-        return table, state
 
     # ---- committing ----
 
     def commit(self, work: Work) -> Outcome:
         """Decide on each reading, and make all of the work durable."""
-        batch, written = None, None
+        decided: Decided | None = None
         for attempt in races():
-            table, state = self._loaded()
-            state.check_claims(work.claims)
-            with translated(self._lake.location):
-                if batch is None or batch.schema_id != table.schema().schema_id:
-                    batch, written = Batch(work.readings, table.schema(), self._keys.devices), None
-                fates = self._keys.fates(batch, table, self._files.of(table))
-                kept = fates == Fate.STORED
-                if written is None or not written.fits(kept):
-                    self._discard(table, written)
-                    entries = write(table, batch.pieces(kept))
-                    written = Written(kept, entries, time.monotonic())
+            table, state = loaded(self._lake)
+            try:
+                state.check_claims(work.claims)
+            except Fenced:
+                self._discard(table, decided)
+                raise
             with raced(attempt):
-                return self._commit(table, state, work, batch, fates, written)
+                decided = self._decided(table, work, decided)
+                head = self._staged(state.head, work, decided)
+                outcome = _outcome(work, decided.fates)
+                step = Step(work.commit_id, decided.entries, moved=work.after, outcome=outcome)
+                advance(self._lake, table, state, replace(state, head=head), step)
+                self._keys.add(decided.batch, decided.kept, decided.files())
+                return outcome
         raise AssertionError
 
-    def _commit(
-        self,
-        table: Any,
-        state: states.State,
-        work: Work,
-        batch: Batch,
-        fates: NDArray[np.uint8],
-        written: Written,
-    ) -> Outcome:
-        outcome = _outcome(work, fates)
-        head = self._staged(state.head, work, batch, fates)
-        self._swap(
-            table,
-            state,
-            replace(state, head=head),
-            commit_id=work.commit_id,
-            entries=written.entries,
-            moved=work.after,
-            outcome=outcome,
-        )
-        added = [_data_file(entry) for entry in written.entries]
-        self._keys.add(batch, written.kept, added)
-        return outcome
+    def _decided(self, table: Any, work: Work, before: Decided | None) -> Decided:
+        """Fates against the table as it is now, and files; those of the last attempt if they do."""
+        with translated(self._lake.location, missing=LostRace):
+            if before is None or before.batch.schema_id != table.schema().schema_id:
+                batch = Batch(work.readings, table.schema(), self._keys.devices)
+            else:
+                batch = before.batch
+            fates = self._keys.fates(batch, table, self._files.of(table))
+            if before is not None and before.fits(batch, fates):
+                return replace(before, fates=fates)
+            self._discard(table, before)
+            entries = write(table, batch.pieces(fates == Fate.STORED))
+            return Decided(batch, fates, entries, time.monotonic())
 
-    def _staged(
-        self, head: states.Head, work: Work, batch: Batch, fates: NDArray[np.uint8]
-    ) -> states.Head:
+    def _staged(self, head: states.Head, work: Work, decided: Decided) -> states.Head:
         """Dead letters and counts, behind those of the head; what is named in the new one."""
-        conflicts = [_conflict(work, number) for number in np.flatnonzero(fates == Fate.CONFLICT)]
+        fates = decided.fates
+        conflicts = [
+            _conflict(work, int(number)) for number in np.flatnonzero(fates == Fate.CONFLICT)
+        ]
         letters = [
             DeadLetter(each, work.committed_us, work.contract_version, work.run)
             for each in [*work.rejections, *conflicts]
         ]
         keys = frozenset((each.place, each.offset) for each in conflicts)
-        found = counts.summed([*work.seen, *batch.counts(fates)])
+        found = counts.summed([*work.seen, *decided.batch.counts(fates)])
         return replace(
             head,
             letters=side.stage_letters(self._lake, head.letters, letters, work.changes, keys),
             counts=side.stage_counts(self._lake, head.counts, found),
         )
 
-    def _swap(
-        self,
-        table: Any,
-        before: states.State,
-        after: states.State,
-        *,
-        commit_id: str,
-        entries: Sequence[Any] = (),
-        moved: Sequence[Position] = (),
-        outcome: Outcome = NOTHING,
-    ) -> None:
-        """One snapshot of the readings with all that the state has become."""
-        with translated(self._lake.location):
-            summary = states.summary(commit_id, moved, outcome, after.head)
-            transaction = Change(table)
-            producer = transaction.update_snapshot(snapshot_properties=summary).merge_append()
-            for entry in entries:
-                producer.append_data_file(entry)
-            producer.commit()
-            snapshot = int(producer.snapshot_id)
-            after = after.moved(moved, snapshot=snapshot, commit_id=commit_id, outcome=outcome)
-            sequence = transaction.table_metadata.last_sequence_number
-            after = replace(after, head=replace(after.head, snapshot=snapshot, sequence=sequence))
-            transaction.set_properties(states.changed(before, after))
-        swap(transaction, self._lake.location)
-
-    def _discard(self, table: Any, written: Written | None) -> None:
+    def _discard(self, table: Any, decided: Decided | None) -> None:
         """Files of an attempt that surely did not happen, and that is not repeated as it was."""
-        for entry in () if written is None else written.entries:
+        for entry in () if decided is None else decided.entries:
             with contextlib.suppress(OSError):
                 table.io.delete(entry.file_path)
 
     def _publish(self) -> None:
-        _, state = self._loaded()
+        _, state = loaded(self._lake)
         side.publish(self._lake, DEAD_LETTERS, state.head.letters)
         side.publish(self._lake, COUNTS, state.head.counts)
 
@@ -281,10 +254,13 @@ class IcebergSink:
         device_id: str | None = None,
     ) -> Iterator[Readings]:
         """Readings with start_us <= ts_us < stop_us, in order of time, then of device."""
-        table = self._lake.table()
-        with translated(self._lake.location):
-            files = self._files.of(table)
-        yield from read_table(table, files, start_us, stop_us, device_id=device_id)
+        now = view(self._lake, self._files)
+        assert now is not None
+        yield from now.read(start_us, stop_us, device_id=device_id)
+
+    def view(self, snapshot: int | None = None) -> View | None:
+        """The readings as one snapshot has them, whatever is written since; None where expired."""
+        return view(self._lake, self._files, snapshot)
 
     # ---- dead letters and counts ----
 
@@ -297,7 +273,7 @@ class IcebergSink:
         offset: int | None = None,
     ) -> Iterator[DeadLetter]:
         """Dead letters in the order of their places and offsets."""
-        head = self._loaded()[1].head
+        head = loaded(self._lake)[1].head
         for letter in side.read_letters(self._lake, head.letters, place=place, offset=offset):
             codes = {each.code for each in letter.rejection.reasons}
             if state in (None, letter.state) and (reason is None or reason in codes):
@@ -307,16 +283,16 @@ class IcebergSink:
         """Discard dead letters, or open them again: without rows, in a commit of its own."""
         commit_id = f"letters-{uuid.uuid4()}"
         for attempt in races():
-            table, state = self._loaded()
+            table, state = loaded(self._lake)
             letters = side.stage_letters(self._lake, state.head.letters, [], changes)
             after = replace(state, head=replace(state.head, letters=letters))
             with raced(attempt):
-                self._swap(table, state, after, commit_id=commit_id)
+                advance(self._lake, table, state, after, Step(commit_id))
                 return
 
     def counts(self, start_us: int | None = None, stop_us: int | None = None) -> Iterator[Count]:
         """Figures of quality by device and hour, added up; start_us <= hour < stop_us."""
-        head = self._loaded()[1].head
+        head = loaded(self._lake)[1].head
         yield from side.read_counts(self._lake, head.counts, start_us, stop_us)
 
 
@@ -335,61 +311,3 @@ def _conflict(work: Work, number: int) -> Rejection:
         device_id=readings.device_id[number],
         ts_us=int(readings.ts_us[number]),
     )
-
-
-def _data_file(entry: Any) -> DataFile:
-    """Enough of a file just written to know its keys by."""
-    partition = entry.partition[0], entry.partition[1]
-    return DataFile(
-        entry.file_path, partition, 0, 0, entry.record_count, entry.file_size_in_bytes, entry
-    )
-
-
-# ---- reading ----
-
-
-def read_table(
-    table: Any,
-    files: Sequence[DataFile],
-    start_us: int | None = None,
-    stop_us: int | None = None,
-    *,
-    device_id: str | None = None,
-) -> Iterator[Readings]:
-    """Readings of a table as it was loaded, in order of time, then of device."""
-    start = -(1 << 63) if start_us is None else start_us
-    stop = (1 << 63) - 1 if stop_us is None else stop_us
-    location = str(table.location())
-    for low, high in days_of(files, start, stop):
-        near = [file for file in files if file.overlaps(low, high - 1)]
-        with translated(location):
-            slices = list(in_slices(table, near, low, high, READ_ROWS_MAX))
-        for first, last in slices:
-            with translated(location):
-                found = _slice(table, near, first, last, device_id)
-            if len(found):
-                yield rows.from_arrow(found, table.schema())
-
-
-def _slice(
-    table: Any, files: Sequence[DataFile], first: int, last: int, device_id: str | None
-) -> pa.Table:
-    where = between(first, last)
-    if device_id is not None:
-        where = And(where, EqualTo(rows.DEVICE, device_id))
-    wanted = [file for file in files if file.overlaps(first, last)]
-    found = scan(table, tasks(table, wanted), table.schema().column_names, where)
-    return found.sort_by([(rows.TS, "ascending"), (rows.DEVICE, "ascending")])
-
-
-def days_of(files: Sequence[DataFile], start_us: int, stop_us: int) -> Iterator[tuple[int, int]]:
-    """Spans [low, high) that part the files of one partition from the others: days with rows."""
-    day_us = 86_400_000_000
-    days = {file.partition[0] for file in files if file.partition}
-    for file in files:
-        if not file.partition:  # another tool's layout
-            days |= set(range(file.first_us // day_us, file.last_us // day_us + 1))
-    for day in sorted(days):
-        low, high = max(start_us, day * day_us), min(stop_us, (day + 1) * day_us)
-        if low < high:
-            yield low, high

@@ -27,6 +27,7 @@ from pyiceberg.types import StringType
 from kvstore.telemetry.counts import HOUR_US, named
 from kvstore.telemetry.records import Count, Fate, Readings
 from kvstore.telemetry.sinks import iceberg_rows as rows
+from kvstore.telemetry.sinks.iceberg_compare import compared, plain
 from kvstore.telemetry.sinks.iceberg_lake import scan
 from kvstore.telemetry.sinks.iceberg_scan import (
     DataFile,
@@ -135,7 +136,8 @@ def mixed(devices: Hashes, ts_us: NDArray[np.int64]) -> Hashes:
     value = devices ^ (ts_us.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    found: Hashes = value ^ (value >> np.uint64(31))
+    return found
 
 
 class Runs:
@@ -200,8 +202,32 @@ class Keys:
         twice = _repeated(batch.hashes)
         suspects = np.flatnonzero(np.isin(batch.hashes, batch.hashes[stored | twice]))
         if len(suspects):
-            fates[suspects] = _compared(batch, suspects, batch.hashes[stored], table, where, self)
+            wanted = np.flatnonzero(stored)
+            columns = (rows.DEVICE, rows.TS, *rows.value_names(table.schema()), rows.EXTRAS)
+            found = self._stored_rows(batch, wanted, columns, table, where)
+            fates[suspects] = compared(found, batch.table.select(columns).take(suspects))
         return fates
+
+    def _stored_rows(
+        self,
+        batch: Batch,
+        wanted: NDArray[np.int64],
+        columns: Sequence[str],
+        table: Any,
+        files: Sequence[DataFile],
+    ) -> pa.Table:
+        """The stored rows of some readings' identities, and maybe some of another one's hash."""
+        hashes, ts_us = np.unique(batch.hashes[wanted]), np.sort(batch.ts_us[wanted])
+        parts = [table.schema().select(*columns).as_arrow().empty_table().select(columns)]
+        for file in {file.path: file for file in files}.values():
+            low = int(np.searchsorted(ts_us, file.first_us))
+            high = int(np.searchsorted(ts_us, file.last_us, "right"))
+            if low < high:
+                where = between(int(ts_us[low]), int(ts_us[high - 1]))
+                found = scan(table, tasks(table, [file]), columns, where)
+                here = self.hashes_of(encoded(found[rows.DEVICE]), rows.micros(found[rows.TS]))
+                parts.append(plain(found.filter(_in_sorted(hashes, here)), parts[0].schema))
+        return pa.concat_tables(parts)
 
     def _stored(
         self, partition: Partition, near: Sequence[DataFile], wanted: Hashes, table: Any
@@ -235,9 +261,9 @@ class Keys:
         """Remember what a commit has stored, so that its own files need not be read."""
         for partition, numbers in batch.partitions:
             new = [file.path for file in files if file.partition == partition]
-            numbers = numbers[kept[numbers]]
-            if new and self._make_room(len(numbers), partition):
-                self._opened(partition).add(batch.hashes[numbers])
+            stored = numbers[kept[numbers]]
+            if new and self._make_room(len(stored), partition):
+                self._opened(partition).add(batch.hashes[stored])
                 self._covered[partition].update(new)
 
     def _opened(self, partition: Partition) -> Runs:
@@ -269,86 +295,3 @@ def _repeated(hashes: Hashes) -> NDArray[np.bool_]:
     found = np.zeros(len(hashes), np.bool_)
     found[order[1:][same]] = True
     return found
-
-
-# ---- the exact comparison ----
-
-
-def _compared(
-    batch: Batch,
-    suspects: NDArray[np.int64],
-    stored: Hashes,
-    table: Any,
-    files: Sequence[DataFile],
-    keys: Keys,
-) -> NDArray[np.uint8]:
-    """Fates of the suspects, in their order: compared with the first of their identity.
-
-    What is stored comes before all; then the first of the batch.
-    """
-    columns = (rows.DEVICE, rows.TS, *rows.value_names(table.schema()), rows.EXTRAS)
-    found = _stored_rows(batch, suspects, np.unique(stored), table, files, keys, columns)
-    ours = _plain(batch.table.select(columns).take(pa.array(suspects)), found.schema)
-    both = pa.concat_tables([found, ours])
-    codes = encoded(both[rows.DEVICE]).indices.to_numpy(zero_copy_only=False)
-    ts_us = rows.micros(both[rows.TS])
-    order = np.lexsort((ts_us, codes))  # stable: the first stays the first
-    new = np.ones(len(order), np.bool_)
-    new[1:] = (np.diff(codes[order]) != 0) | (np.diff(ts_us[order]) != 0)
-    first = np.empty(len(order), np.int64)
-    first[order] = order[np.flatnonzero(new)[np.cumsum(new) - 1]]
-    fates = np.full(len(order), Fate.DUPLICATE, np.uint8)
-    fates[~_same(both, first, columns[2:])] = Fate.CONFLICT
-    fates[first == np.arange(len(order))] = Fate.STORED
-    return fates[len(found) :]
-
-
-def _same(both: pa.Table, first: NDArray[np.int64], columns: Sequence[str]) -> NDArray[np.bool_]:
-    """Whether each row's values are those of the first of its identity."""
-    same = np.ones(len(first), np.bool_)
-    for name in columns:
-        if pa.types.is_floating(both[name].type):
-            values = bits(rows.doubles(both[name]))
-        else:
-            codes = encoded(both[name]).indices
-            values = codes.fill_null(-1).to_numpy(zero_copy_only=False)
-        same &= values == values[first]
-    return same
-
-
-def bits(values: NDArray[np.float64]) -> NDArray[np.uint64]:
-    """Doubles as they are compared: bit for bit, but that -0.0 is 0.0, and NaN (null) is NaN."""
-    values = values + 0.0
-    values[np.isnan(values)] = np.nan
-    return values.view(np.uint64)
-
-
-def _stored_rows(
-    batch: Batch,
-    suspects: NDArray[np.int64],
-    stored: Hashes,
-    table: Any,
-    files: Sequence[DataFile],
-    keys: Keys,
-    columns: Sequence[str],
-) -> pa.Table:
-    """The stored rows of the suspects' identities, and maybe some of another one's hash."""
-    empty = table.schema().select(*columns).as_arrow().empty_table().select(columns)
-    if not len(stored):
-        return empty
-    ts_us = batch.ts_us[suspects]
-    ts_us = np.sort(ts_us[_in_sorted(stored, batch.hashes[suspects])])
-    parts = [empty]
-    for file in {file.path: file for file in files}.values():
-        low = int(np.searchsorted(ts_us, file.first_us))
-        high = int(np.searchsorted(ts_us, file.last_us, "right"))
-        if low < high:
-            where = between(int(ts_us[low]), int(ts_us[high - 1]))
-            found = scan(table, tasks(table, [file]), columns, where)
-            hashes = keys.hashes_of(encoded(found[rows.DEVICE]), rows.micros(found[rows.TS]))
-            parts.append(_plain(found.filter(_in_sorted(stored, hashes)), empty.schema))
-    return pa.concat_tables(parts)
-
-
-def _plain(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    return pa.table([table[f.name].cast(f.type) for f in schema], schema=schema)

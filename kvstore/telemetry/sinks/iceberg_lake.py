@@ -17,9 +17,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import pyarrow as pa
 import sqlalchemy
 from pyiceberg.catalog import load_catalog
 from pyiceberg.exceptions import (
@@ -33,13 +32,17 @@ from pyiceberg.expressions import AlwaysTrue
 from pyiceberg.io.pyarrow import ArrowScan
 from pyiceberg.partitioning import PartitionField, PartitionSpec
 from pyiceberg.table import Transaction
-from pyiceberg.table.update.schema import UpdateSchema
 from pyiceberg.transforms import BucketTransform, DayTransform
 from pyiceberg.types import DoubleType
 
 from kvstore.errors import CommitUnknown, KvstoreError, SinkError
-from kvstore.telemetry.contract import Contract
 from kvstore.telemetry.sinks import iceberg_rows as rows
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyiceberg.table.update.schema import UpdateSchema
+
+    from kvstore.telemetry.contract import Contract
 
 NAMESPACE: Final = "telemetry"
 READINGS: Final = "readings"
@@ -61,7 +64,7 @@ _PROPERTIES: Final = {
 }
 
 
-class LostRace(Exception):  # noqa: N818
+class LostRace(Exception):
     """Somebody else changed the table first; nothing happened. Load it again and decide again."""
 
 
@@ -169,13 +172,11 @@ def _make_tables(catalog: Any, contract: Contract | None, buckets: int) -> None:
 
 def evolve(lake: Lake, contract: Contract) -> None:
     """Add the columns of the contract that the readings lack, as nullable ones."""
-    wanted = rows.value_columns(contract)
     for attempt in races():
         table = lake.table()
-        for name, kind in wanted:
-            _check_type(table.schema(), name, kind)
+        check_types(table, contract)
         present = {field.name for field in table.schema().fields}
-        if all(name in present for name, _ in wanted):
+        if present.issuperset(name for name, _ in rows.value_columns(contract)):
             return
         transaction = Change(table)
         with translated(lake.location):
@@ -186,14 +187,16 @@ def evolve(lake: Lake, contract: Contract) -> None:
             return
 
 
-def _check_type(schema: Any, name: str, kind: Any) -> None:
-    found = schema.as_struct().field_by_name(name)
-    if found is not None and found.field_type != kind:
-        words = {True: "a number", False: "text"}
-        raise SinkError(
-            f"the lake's column {name!r} is {words[found.field_type == DoubleType()]}, and "
-            f"{words[kind == DoubleType()]} in the contract: give the field another name"
-        )
+def check_types(table: Any, contract: Contract) -> None:
+    """SinkError where a column is a number and its field of the contract text, or turned round."""
+    words = {True: "a number", False: "text"}
+    for name, kind in rows.value_columns(contract):
+        found = table.schema().as_struct().field_by_name(name)
+        if found is not None and found.field_type != kind:
+            raise SinkError(
+                f"the lake's column {name!r} is {words[found.field_type == DoubleType()]}, and "
+                f"{words[kind == DoubleType()]} in the contract: give the field another name"
+            )
 
 
 # ---- changing a table ----
@@ -234,14 +237,18 @@ def raced(attempt: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def translated(location: str) -> Iterator[None]:
-    """Errors of the libraries below as ours."""
+def translated(location: str, *, missing: type[Exception] = SinkError) -> Iterator[None]:
+    """Errors of the libraries below as ours.
+
+    missing: for a file that is not there: LostRace where the table may have been compacted since
+    it was loaded, so that loading it again helps.
+    """
     try:
         yield
     except (KvstoreError, LostRace):
         raise
     except FileNotFoundError as error:
-        raise SinkError(f"{location}: a file of the lake is missing: {error}") from error
+        raise missing(f"{location}: a file of the lake is missing: {error}") from error
     except Exception as error:
         raise SinkError(f"{location}: {type(error).__name__}: {error}") from error
 

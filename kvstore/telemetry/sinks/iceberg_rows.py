@@ -8,11 +8,10 @@ measurements are doubles from the start (Iceberg refuses long -> double later). 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from pyiceberg.schema import Schema
 from pyiceberg.types import (
     BinaryType,
@@ -27,7 +26,6 @@ from pyiceberg.types import (
 )
 
 from kvstore.errors import SinkError
-from kvstore.telemetry.contract import Contract
 from kvstore.telemetry.records import (
     Column,
     Count,
@@ -39,6 +37,11 @@ from kvstore.telemetry.records import (
     Rejection,
     State,
 )
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from kvstore.telemetry.contract import Contract
 
 TS: Final = "ts"
 DEVICE: Final = "device_id"
@@ -166,8 +169,10 @@ def to_arrow(readings: Readings, schema: Schema) -> pa.Table:
         "_run": texts(lineage.run),
     }
     for name, column in readings.values.items():
-        numeric = isinstance(column, np.ndarray)
-        made[name] = pa.array(column, from_pandas=True) if numeric else texts(column)
+        if isinstance(column, np.ndarray):
+            made[name] = pa.array(column, from_pandas=True)
+        else:
+            made[name] = texts(column)
     names = schema.column_names
     columns = [
         made[name] if name in made else pa.nulls(len(readings), kind)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from pyiceberg.conversions import from_bytes
 from pyiceberg.expressions import And, GreaterThanOrEqual, LessThanOrEqual
 from pyiceberg.manifest import ManifestContent
@@ -22,6 +21,9 @@ from pyiceberg.types import TimestamptzType
 
 from kvstore.telemetry.sinks import iceberg_rows as rows
 from kvstore.telemetry.sinks.iceberg_lake import scan
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Partition = tuple[int, int]  # days since 1970, bucket of the device
 
@@ -52,11 +54,12 @@ class Files:
     def __init__(self) -> None:
         self._manifests: dict[str, list[DataFile]] = {}
 
-    def of(self, table: Any) -> list[DataFile]:
-        """All files of the current snapshot."""
-        snapshot = table.current_snapshot()
-        manifests = [] if snapshot is None else snapshot.manifests(table.io)
+    def of(self, table: Any, snapshot_id: int | None = None) -> list[DataFile]:
+        """All files of the current snapshot, or of that one."""
+        manifests = _manifests(table, snapshot_id)
         data = [each for each in manifests if each.content == ManifestContent.DATA]
+        if snapshot_id is not None:
+            return [file for each in data for file in _files_in(each, table)]
         known = self._manifests
         self._manifests = {
             each.manifest_path: known.get(each.manifest_path) or _files_in(each, table)
@@ -89,20 +92,27 @@ def _file(entry: Any, ts_id: int, *, ours: bool) -> DataFile:
     )
 
 
-def has_deletes(table: Any) -> bool:
-    """Whether another tool has deleted rows by files of deletes."""
+def _manifests(table: Any, snapshot_id: int | None) -> list[Any]:
     snapshot = table.current_snapshot()
-    manifests = [] if snapshot is None else snapshot.manifests(table.io)
-    return any(each.content == ManifestContent.DELETES for each in manifests)
+    if snapshot_id is not None:
+        snapshot = table.metadata.snapshot_by_id(snapshot_id)
+    return [] if snapshot is None else list(snapshot.manifests(table.io))
 
 
-def tasks(table: Any, files: Iterable[DataFile]) -> list[Any]:
+def has_deletes(table: Any, snapshot_id: int | None = None) -> bool:
+    """Whether another tool has deleted rows by files of deletes."""
+    found = _manifests(table, snapshot_id)
+    return any(each.content == ManifestContent.DELETES for each in found)
+
+
+def tasks(table: Any, files: Iterable[DataFile], snapshot_id: int | None = None) -> list[Any]:
     """What pyiceberg wants to read them, with the deletes that apply where there are any."""
     files = list(files)
-    if not has_deletes(table):
+    if not has_deletes(table, snapshot_id):
         return [FileScanTask(file.entry) for file in files]
     wanted = {file.path for file in files}
-    return [task for task in table.scan().plan_files() if task.file.file_path in wanted]
+    planned = table.scan(snapshot_id=snapshot_id).plan_files()
+    return [task for task in planned if task.file.file_path in wanted]
 
 
 def between(first_us: int, last_us: int) -> Any:

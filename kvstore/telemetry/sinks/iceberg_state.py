@@ -84,6 +84,20 @@ class State:
             claims.append(Claim(mark.position, mark.epoch + 1))
         return replace(self, marks=marks), claims
 
+    def rewound(
+        self, offered: Mapping[Place, Position | None], head: Head
+    ) -> tuple[State, list[Position]]:
+        """The state with positions of a snapshot's past, new epochs; and what has changed."""
+        marks, changed = dict(self.marks), []
+        for place, position in offered.items():
+            assert position is not None
+            mark = marks[place]
+            if position != mark.position:
+                changed.append(position)
+            known = "rollback" if position.next >= 0 else ""
+            marks[place] = Mark(position, mark.epoch + 1, head.snapshot, known)
+        return State(marks, head), changed
+
     def moved(
         self, after: Sequence[Position], *, snapshot: int, commit_id: str, outcome: Outcome
     ) -> State:
@@ -196,7 +210,7 @@ def offered(metadata: Any, state: State) -> dict[Place, Position | None]:
     """
     found: dict[Place, Position] = {}
     last = None
-    for last in lineage(metadata):  # noqa: B007
+    for last in lineage(metadata):
         for source, partition, next_, token in json.loads(_summary(last).get(POSITIONS, "[]")):
             place = Place(source, partition)
             found.setdefault(place, Position(place, next_, token))
@@ -208,11 +222,16 @@ def offered(metadata: Any, state: State) -> dict[Place, Position | None]:
 def past_head(metadata: Any) -> Head:
     """The head that the nearest snapshot of ours in the current one's past wrote."""
     for snapshot in lineage(metadata):
-        found = _summary(snapshot).get(HEAD)
-        if found is not None:
-            head = Head(**json.loads(found))
+        head = head_of(snapshot)
+        if head is not None:
             return replace(head, snapshot=snapshot.snapshot_id, sequence=snapshot.sequence_number)
     return Head()
+
+
+def head_of(snapshot: Any) -> Head | None:
+    """The head that a snapshot of ours wrote; None for another tool's."""
+    found = _summary(snapshot).get(HEAD)
+    return None if found is None else Head(**json.loads(found))
 
 
 def outcome_of(metadata: Any, state: State, commit_id: str) -> Outcome | None:

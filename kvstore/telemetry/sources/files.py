@@ -23,13 +23,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
+from kvstore import libc
 from kvstore.errors import SourceError
 from kvstore.events import Event, Report
 from kvstore.telemetry.records import Chunk, Place, Position
 from kvstore.telemetry.source import OnAssigned, OnRevoked
 from kvstore.telemetry.sources.lines import NOTHING, LineReader, Lines
 
-STDIN: Final = "-"
+STDIN: Final = "-"  # as in opening.py
 GENERATIONS_MAX: Final = 10_000  # files that ever stood under one path: daily for 27 years
 LOOK_S: Final = 0.1  # between looks at files that are followed
 _STDIN_FD: Final = 0
@@ -225,7 +226,9 @@ def _opened(path: str, run: str, assign: OnAssigned) -> _Tail:
             return _resumed(path, fd, assign)
         place = Place(f"stdin:{run}" if path == STDIN else f"pipe:{_printable(path)}:{run}", 0)
         assign([place])
-        return _Tail(path, fd, place, LineReader(fd), is_pipe=True)
+        libc.enlarge_pipe(fd)
+        reader = LineReader(fd, has_more=lambda: bool(select.select([fd], [], [], 0)[0]))
+        return _Tail(path, fd, place, reader, is_pipe=True)
     except BaseException:
         if fd != _STDIN_FD:
             os.close(fd)

@@ -30,7 +30,7 @@ import numpy as np
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
 
 from kvstore.errors import SourceError
-from kvstore.events import Event, Report
+from kvstore.events import Event, Level, Report
 from kvstore.telemetry.kafka import (
     ANSWER_S,
     REGISTRY,
@@ -71,7 +71,7 @@ FIXED: Final[Options] = {
 
 
 def consumer_options(address: Address, group: str, options: Options) -> dict[str, Any]:
-    """librdkafka's options: ours, the user's, and those that nobody may change."""
+    """Librdkafka's options: ours, the user's, and those that nobody may change."""
     if fixed := sorted(options.keys() & (FIXED.keys() | {"bootstrap.servers", "group.id"})):
         raise SourceError(f"option {fixed[0]}: is set by kvstore and cannot be changed")
     merged = {**DEFAULTS, **options}
@@ -110,6 +110,8 @@ class KafkaSource:
         self._accept_loss = accept_loss
         self._decoder = decoder
         self._report = report
+        self._on_assigned: OnAssigned = _nowhere
+        self._on_revoked: OnRevoked = _nobody
         self._consumer: Any = None
         self._topic = Topic("", "", 0)
         self._checked_s = 0.0
@@ -153,7 +155,7 @@ class KafkaSource:
 
     def __exit__(self, *exc_info: object) -> None:
         """Leave the group. What was polled and not committed is read again, by whoever is next."""
-        self._on_revoked = _nothing
+        self._on_revoked = _nobody
         if self._consumer is not None:
             self._consumer.close()
 
@@ -203,9 +205,10 @@ class KafkaSource:
 
     def _take(self, numbers: list[int]) -> None:
         """Partitions have become ours: called inside ``consume``."""
-        self._topic = self._ask()
-        for position in self._positions(numbers):
-            self._fresh[position.place.partition] = self._begin(position)
+        if numbers:  # a rebalance may leave us with what we have
+            self._topic = self._ask()
+            for position in self._positions(numbers):
+                self._fresh[position.place.partition] = self._begin(position)
         self._consumer.incremental_assign([])  # says that we have heard
 
     def _positions(self, numbers: Iterable[int]) -> list[Position]:
@@ -453,8 +456,12 @@ def _numbers(partitions: Iterable[Any]) -> list[int]:
     return [partition.partition for partition in partitions]
 
 
-def _nothing(_: Sequence[Place], __: bool) -> None:  # noqa: FBT001 - the protocol's
-    """A closing source tells nobody that its partitions go: all was committed, or is not to be."""
+def _nowhere(places: Sequence[Place]) -> Sequence[Position]:
+    raise AssertionError(f"{places} were assigned before start")
+
+
+def _nobody(places: Sequence[Place], lost: bool) -> None:  # noqa: FBT001  # OnRevoked
+    """A closing source tells nobody that its partitions go: all was committed, or must not be."""
 
 
 class _Relay(logging.Handler):
@@ -465,11 +472,11 @@ class _Relay(logging.Handler):
         self._tell = report
 
     def emit(self, record: logging.LogRecord) -> None:
-        level = "error" if record.levelno >= logging.ERROR else "warning"
+        level: Level = "error" if record.levelno >= logging.ERROR else "warning"
         self._tell(Event(level, "librdkafka", record.getMessage()))
 
 
 def _logger(report: Report) -> logging.Logger:
-    logger = logging.Logger("kvstore.kafka")
+    logger = logging.Logger("kvstore.kafka")  # noqa: LOG001 - each source has its own listener
     logger.addHandler(_Relay(report))
     return logger

@@ -8,6 +8,7 @@ rest of it is read past, never held.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LINE_BYTES_MAX: Final = 1 << 20  # as Kafka's own default, and validate's EVENT_BYTES_MAX
-BLOCK_BYTES: Final = 1 << 20  # read at once: 8,000 events
+BLOCK_BYTES: Final = 8 << 20  # read at once: a commit of 50,000 events as one chunk
 BLOCK_BYTES_MIN: Final = 1 << 12
 _BOM: Final = b"\xef\xbb\xbf"
 
@@ -34,13 +35,22 @@ NOTHING: Final = Lines(np.empty(0, np.int64), [])
 class LineReader:
     """Reads a file descriptor from where it stands.
 
-    number: of the next line, from 1. offset: of its first byte.
+    number: of the next line, from 1. offset: of its first byte. has_more: whether a read would
+    not wait; so that what trickles out of a pipe is gathered.
     """
 
-    def __init__(self, fd: int, *, number: int = 1, offset: int = 0):
+    def __init__(
+        self,
+        fd: int,
+        *,
+        number: int = 1,
+        offset: int = 0,
+        has_more: Callable[[], bool] = lambda: False,
+    ):
         self.number = number
         self.offset = offset
         self._fd = fd
+        self._has_more = has_more
         self._lines: list[bytes] = []  # complete, not given out yet
         self._rest = b""  # the begin of a line
         self._passed = 0  # bytes of that line read past, beyond LINE_BYTES_MAX
@@ -57,7 +67,7 @@ class LineReader:
         At the end ``unfinished`` may hold a line; more may come later, where the file grows.
         """
         if not self._lines:
-            data = os.read(self._fd, min(BLOCK_BYTES, max(bytes_max, BLOCK_BYTES_MIN)))
+            data = self._read(min(BLOCK_BYTES, max(bytes_max, BLOCK_BYTES_MIN)))
             if not data:
                 return None
             if len(self._rest) > LINE_BYTES_MAX:
@@ -70,6 +80,18 @@ class LineReader:
         size = len(self._rest) + self._passed
         line, self._rest, self._passed = self._rest, b"", 0
         return self._given([line[: LINE_BYTES_MAX + 1]], size)
+
+    def _read(self, size: int) -> bytes:
+        data = os.read(self._fd, size)
+        if not data or not self._has_more():
+            return data
+        pieces, count = [data], len(data)
+        while count < size and self._has_more():
+            pieces.append(os.read(self._fd, size - count))
+            count += len(pieces[-1])
+            if not pieces[-1]:
+                break  # the end, which the next read sees again
+        return b"".join(pieces)
 
     def _split(self, data: bytes) -> None:
         if not self._begun and data.startswith(_BOM):

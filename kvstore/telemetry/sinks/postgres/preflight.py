@@ -63,7 +63,7 @@ def _of_tables(session: Session, tables: Tables, contract: Contract) -> list[str
     found = []
     for name in _WRITTEN:
         rights = _RIGHTS.split(", ")
-        answers = session.read(query, [tables.table(name).as_string(None), rights])
+        answers = session.read(query, [tables.regclass(name), rights])
         missing = [right for right, (may,) in zip(rights, answers, strict=True) if not may]
         if missing:
             found.append(f"{session.shown}: no right to {', '.join(missing)} on {name}; GRANT it")
@@ -73,7 +73,7 @@ def _of_tables(session: Session, tables: Tables, contract: Contract) -> list[str
 def _of_columns(session: Session, tables: Tables, contract: Contract) -> list[str]:
     missing = tables.missing(contract)
     query = "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = %s::regclass"
-    ((owner,),) = session.read(query, [tables.table("readings").as_string(None)])
+    ((owner,),) = session.read(query, [tables.regclass("readings")])
     if missing and not owner:
         names = ", ".join(field.name for field in missing)
         return [f"{session.shown}: readings lacks {names}, and only its owner can add columns"]

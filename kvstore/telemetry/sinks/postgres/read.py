@@ -17,11 +17,10 @@ from psycopg import sql
 
 from kvstore.telemetry.records import Column, Lineage, Readings
 from kvstore.telemetry.sinks.postgres.lineages import Lineages
-from kvstore.telemetry.sinks.postgres.session import Micros, Session
+from kvstore.telemetry.sinks.postgres.session import Micros, Session, named
 from kvstore.telemetry.sinks.postgres.tables import Span, Tables
 
 PAGE_ROWS: Final = 10_000
-_CURSOR: Final = "kvstore_read"
 
 
 class Reader:
@@ -31,6 +30,7 @@ class Reader:
         self._session = session
         self._tables = tables
         self._lineages = lineages
+        self._reads = 0
 
     def read(
         self, start_us: int | None, stop_us: int | None, device_id: str | None
@@ -55,12 +55,13 @@ class Reader:
         query = self._tables.query(
             "SELECT device_id, ts, extras::text, _extras_text, _ingested_at, _offset, _lineage"
             "{columns} FROM {schema}.readings WHERE {wanted} ORDER BY ts, device_id",
-            columns=sql.SQL("").join(sql.SQL(", ") + sql.Identifier(name) for name in columns),
+            columns=sql.SQL("").join(sql.SQL(", ") + named(name) for name in columns),
             wanted=sql.SQL(" AND ").join(self._tables.query(t) for t in ["true", *dict(terms)]),
         )
         with self._session.translating():
             connection = self._session.connection
-            cursor = psycopg.ServerCursor(connection, _CURSOR, withhold=True)
+            self._reads += 1
+            cursor = psycopg.ServerCursor(connection, f"kvstore_{self._reads}", withhold=True)
             cursor.format = psycopg.pq.Format.BINARY
             with cursor:
                 cursor.execute(query, [value for _, value in terms], binary=True)

@@ -23,7 +23,7 @@ from kvstore.telemetry.sinks.postgres import batch as batches
 from kvstore.telemetry.sinks.postgres import binary
 from kvstore.telemetry.sinks.postgres.batch import Batch
 from kvstore.telemetry.sinks.postgres.binary import Encoded, Rows
-from kvstore.telemetry.sinks.postgres.session import Connection, Micros
+from kvstore.telemetry.sinks.postgres.session import Connection, Micros, named
 from kvstore.telemetry.sinks.postgres.tables import Tables
 
 Fates: TypeAlias = NDArray[np.uint8]
@@ -114,18 +114,17 @@ class Store:
         answer = connection.execute(self._query(staged), span, prepare=False, binary=True)
         for row, same in answer.fetchall():
             found[row] = batches.SAME if same else batches.OTHER
-        connection.execute(self._tables.query("TRUNCATE {staged}", staged=staged))
+        connection.execute(self._tables.query("TRUNCATE {staged}", staged=staged), ())
         return found
 
-    def _query(self, staged: sql.Identifier) -> sql.Composed:
+    def _query(self, staged: sql.SQL) -> sql.Composed:
         """Which staged rows are stored, and whether with the same values.
 
         OFFSET 0 keeps the inner part as it stands: for each staged row one probe of the key.
         """
         names = ["_extras_text", *self._tables.columns]
         same = [
-            self._tables.query("r.{c} IS NOT DISTINCT FROM s.{c}", c=sql.Identifier(name))
-            for name in names
+            self._tables.query("r.{c} IS NOT DISTINCT FROM s.{c}", c=named(name)) for name in names
         ]
         return self._tables.query(
             "SELECT s._row, stored.same FROM {staged} s CROSS JOIN LATERAL ("
@@ -136,11 +135,11 @@ class Store:
             staged=staged,
         )
 
-    def _copy(
-        self, connection: Connection, table: sql.Identifier, columns: Encoded, rows: Rows
-    ) -> None:
-        names = sql.SQL(", ").join(map(sql.Identifier, columns.columns))
-        query = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(table, names)
+    def _copy(self, connection: Connection, table: sql.SQL, columns: Encoded, rows: Rows) -> None:
+        names = sql.SQL(", ").join(map(named, columns.columns))
+        statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(table, names)
+        # COPY takes no parameters, so that nothing halves what ``named`` has doubled.
+        query = sql.SQL(statement.as_string(None).replace("%%", "%"))
         with connection.cursor() as cursor, cursor.copy(query) as copy:
             for piece in columns.pieces(rows):
                 copy.write(piece)

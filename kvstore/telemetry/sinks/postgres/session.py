@@ -80,6 +80,19 @@ class Address(NamedTuple):
     schema: str | None
 
 
+def named(*parts: str) -> sql.SQL:
+    """A name in quotes, for queries that are executed with parameters, if only with ().
+
+    Those take each % for a placeholder, and psycopg does not double one in a name.
+    """
+    return sql.SQL(sql.Identifier(*parts).as_string(None).replace("%", "%%"))
+
+
+def literal(text: str) -> sql.SQL:
+    """A text in quotes, for the same queries."""
+    return sql.SQL(sql.Literal(text).as_string(None).replace("%", "%%"))
+
+
 class Micros:
     """A time as a parameter: microseconds since 1970."""
 

@@ -78,9 +78,13 @@ class PostgresSink:
         return cls(url, mode=mode)
 
     def __enter__(self) -> Self:
-        with self._session.translating():
-            _ = self._session.connection  # without retries: a wrong address stays wrong
-        self._tables.open(create=self._mode == "w")
+        try:
+            with self._session.translating():
+                _ = self._session.connection  # without retries: a wrong address stays wrong
+            self._tables.open(create=self._mode == "w")
+        except BaseException:
+            self._session.close()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -19,7 +19,7 @@ from psycopg import sql
 
 from kvstore.errors import SinkError
 from kvstore.telemetry.contract import Contract, ContractField
-from kvstore.telemetry.sinks.postgres.session import Connection, Micros, Session
+from kvstore.telemetry.sinks.postgres.session import Connection, Micros, Session, literal, named
 
 DAY_US: Final = 86_400_000_000
 
@@ -63,13 +63,17 @@ class Tables:
         self.columns: dict[str, str] = {}  # those of the contract: name -> type
 
     def query(self, text: str, **parts: sql.Composable) -> sql.Composed:
-        """A text of ours with {schema} and the other names filled in."""
-        schema = sql.Identifier(self._schema)
+        """A text of ours with {schema} and the other names filled in, to be given parameters."""
+        schema = named(self._schema)
         return sql.SQL(text).format(schema=schema, **parts)
 
-    def table(self, name: str) -> sql.Identifier:
+    def table(self, name: str) -> sql.SQL:
         """A table's full name, quoted."""
-        return sql.Identifier(self._schema, name)
+        return named(self._schema, name)
+
+    def regclass(self, table: str) -> str:
+        """A table's full name as text for regclass."""
+        return sql.Identifier(self._schema, table).as_string(None)
 
     # ---- made and grown ----
 
@@ -100,7 +104,7 @@ class Tables:
     def evolve(self, contract: Contract) -> None:
         """Add a nullable column for each field that has none; columns are never taken away."""
         missing = self.missing(contract)
-        ((view,),) = self._session.read("SELECT to_regclass(%s)", [self._name("latest")])
+        ((view,),) = self._session.read("SELECT to_regclass(%s)", [self.regclass("latest")])
         if missing or view is None:
             self._change(lambda connection: self._grow(connection, missing))
             self.look()
@@ -114,15 +118,17 @@ class Tables:
 
         Locks out who alters the table, not who reads or writes.
         """
-        connection.execute(self.query("LOCK TABLE ONLY {schema}.readings IN ROW EXCLUSIVE MODE"))
+        connection.execute(
+            self.query("LOCK TABLE ONLY {schema}.readings IN ROW EXCLUSIVE MODE"), ()
+        )
         return self._found_columns(connection) == self.columns
 
-    def stage(self, connection: Connection) -> sql.Identifier:
+    def stage(self, connection: Connection) -> sql.SQL:
         """The session's own table for readings that may be there already; made where missing."""
         columns = "\0".join(self.columns).encode("utf-8", "surrogatepass")
         name = f"staged_{zlib.crc32(columns):08x}"
-        connection.execute(self.query(self._parts["staged"], staged=sql.Identifier(name)))
-        return sql.Identifier("pg_temp", name)
+        connection.execute(self.query(self._parts["staged"], staged=named(name)), ())
+        return named("pg_temp", name)
 
     # ---- divided by days ----
 
@@ -164,11 +170,7 @@ class Tables:
 
     @property
     def _readings(self) -> str:
-        return self._name("readings")
-
-    def _name(self, table: str) -> str:
-        """A table's full name as text for regclass."""
-        return sql.Identifier(self._schema, table).as_string(None)
+        return self.regclass("readings")
 
     def _change(self, act: Callable[[Connection], object]) -> None:
         """Change tables, one worker at a time."""
@@ -182,7 +184,7 @@ class Tables:
         self._session.run(alone)
 
     def _exist(self, connection: Connection) -> bool:
-        found = connection.execute("SELECT to_regclass(%s)", [self._name("commits")]).fetchone()
+        found = connection.execute("SELECT to_regclass(%s)", [self.regclass("commits")]).fetchone()
         return found is not None and found[0] is not None
 
     def _create(self, connection: Connection) -> None:
@@ -190,19 +192,19 @@ class Tables:
             return
         extension = self._extension(connection)
         divided = sql.SQL("" if extension else "PARTITION BY RANGE (ts)")
-        connection.execute(self.query(self._parts["tables"], divided=divided))
+        connection.execute(self.query(self._parts["tables"], divided=divided), ())
         if extension:
-            readings = sql.Literal(self._readings)
+            readings = literal(self._readings)
             text = self._parts["hypertable"]
-            connection.execute(self.query(text, extension=extension, readings=readings))
+            connection.execute(self.query(text, extension=extension, readings=readings), ())
 
-    def _extension(self, connection: Connection) -> sql.Identifier | None:
+    def _extension(self, connection: Connection) -> sql.SQL | None:
         """The schema that TimescaleDB's functions are in, where the database has it."""
         row = connection.execute(
             "SELECT nspname FROM pg_extension JOIN pg_namespace n ON n.oid = extnamespace "
             "WHERE extname = 'timescaledb'"
         ).fetchone()
-        return sql.Identifier(row[0]) if row else None
+        return named(row[0]) if row else None
 
     def _found_columns(self, connection: Connection) -> dict[str, str]:
         rows = connection.execute(
@@ -234,22 +236,24 @@ class Tables:
             connection.execute(
                 self.query(
                     "ALTER TABLE {schema}.readings ADD COLUMN IF NOT EXISTS {name} {type}",
-                    name=sql.Identifier(field.name),
+                    name=named(field.name),
                     type=sql.SQL(_TYPES[field.is_number]),
-                )
+                ),
+                (),
             )
             remark = f"{field.description} [{field.unit or '1'}]".strip()
             connection.execute(
                 self.query(
                     "COMMENT ON COLUMN {schema}.readings.{name} IS {remark}",
-                    name=sql.Identifier(field.name),
-                    remark=sql.Literal(remark.replace("\0", "")),
-                )
+                    name=named(field.name),
+                    remark=literal(remark.replace("\0", "")),
+                ),
+                (),
             )
         columns = self._found_columns(connection)
         numbers = [name for name, kind in columns.items() if kind != "text"]
         rollups = sql.SQL("").join(_rolled_up(name) for name in numbers)
-        connection.execute(self.query(self._parts["views"], rollups=rollups))
+        connection.execute(self.query(self._parts["views"], rollups=rollups), ())
 
     def _make_days(self, connection: Connection, days: Sequence[int]) -> None:
         there = {_day_of(span) for span in self._partitions_in(connection)}
@@ -257,7 +261,8 @@ class Tables:
             if day not in there:
                 name, start, stop = _bounds(day)
                 connection.execute(
-                    self.query(self._parts["day"], day=sql.Identifier(name), start=start, stop=stop)
+                    self.query(self._parts["day"], day=named(name), start=start, stop=stop),
+                    (),
                 )
 
     def _drop_chunks(self, connection: Connection, before_us: int) -> None:
@@ -267,7 +272,7 @@ class Tables:
         connection.execute(query, [self._readings, Micros(before_us)])
 
     def _drop_partition(self, connection: Connection, name: str) -> None:
-        connection.execute(self.query("DROP TABLE IF EXISTS {table}", table=self.table(name)))
+        connection.execute(self.query("DROP TABLE IF EXISTS {table}", table=self.table(name)), ())
 
     def _partitions(self) -> list[Span]:
         return self._session.run(self._partitions_in)
@@ -298,10 +303,10 @@ def _parts() -> dict[str, str]:
 
 
 def _rolled_up(name: str) -> sql.Composed:
-    column = sql.Identifier(name)
+    column = named(name)
     parts = [
         sql.SQL(", {f}({column}) AS {name}").format(
-            f=sql.SQL(f), column=column, name=sql.Identifier(f"{name}_{f}")
+            f=sql.SQL(f), column=column, name=named(f"{name}_{f}")
         )
         for f in ("avg", "min", "max")
     ]
@@ -321,8 +326,8 @@ def _date(day: int) -> date:
     return date(1970, 1, 1) + timedelta(days=day)
 
 
-def _midnight(day: int) -> sql.Literal:
-    return sql.Literal(f"{_date(day).isoformat()} 00:00:00+00")
+def _midnight(day: int) -> sql.SQL:
+    return literal(f"{_date(day).isoformat()} 00:00:00+00")
 
 
 def _bounds_found(text: str) -> tuple[int | None, int | None]:
