@@ -8,16 +8,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import subprocess
+import sys
 import time
 from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
 from exports import LIBRARY
-from stores import check_store, quick_first, run
+from stores import ROOT, check_store, quick_first, run
 
 import kvstore
 from kvstore import DiskFull, commit
+from kvstore.follow import Cursor, CursorFile
+from kvstore.packets import encode
 
 VOLUME_BYTES = 16 << 20
 PAGE = 4096
@@ -374,3 +377,51 @@ def test_pins_drops_and_settings_on_a_full_disk(volume, path):
         assert store.settings.max_age_s == 3600.0
         assert store["s"].first()["v"][0] == 0
     check_store(path)
+
+
+# ---- beside the store ----
+
+
+def test_a_cursor_that_cannot_be_kept_leaves_the_earlier_one(volume, path):
+    path.mkdir()
+    kept = CursorFile(path / "cursor")
+    kept.note(Cursor("00", "s", 1))
+    kept.save()
+    with ballast(volume, leaving=0):
+        kept.note(Cursor("00", "s", 2))
+        with pytest.raises(DiskFull):
+            kept.save()
+        assert os.listdir(path) == ["cursor"]
+        assert CursorFile(path / "cursor").cursor == Cursor("00", "s", 1)
+    kept.save()
+    assert CursorFile(path / "cursor").cursor == Cursor("00", "s", 2)
+
+
+def test_metrics_that_find_no_room_do_not_keep_from_capturing(volume, path, tmp_path):
+    path.mkdir()
+    command = [sys.executable, "-m", "kvstore", "write", tmp_path / "run.kv", "--stream", "s"]
+    with ballast(volume, leaving=0):
+        done = subprocess.run(
+            [*command, "--metrics-file", path / "kv.prom"],
+            input=b"".join(encode(batch(0, 1000))),
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert b"kv.prom: metrics not written: [Errno 28]" in done.stderr
+        assert os.listdir(path) == []
+    check_store(tmp_path / "run.kv")
+
+
+def test_metrics_that_can_never_be_written_are_named(tmp_path):
+    command = [sys.executable, "-m", "kvstore", "write", tmp_path / "run.kv", "/dev/null"]
+    done = subprocess.run(
+        [*command, "--metrics-file", tmp_path / "none" / "kv.prom"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "none/kv.prom: metrics cannot be written: No such file or directory" in done.stderr
