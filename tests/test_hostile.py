@@ -152,7 +152,7 @@ def test_whatever_a_store_holds_they_report_or_refuse(path, mutate):
 @pytest.mark.slow
 @pytest.mark.parametrize("mutate", [with_hostile_records, with_mutated_pages])
 def test_whatever_a_store_holds_in_many_rounds(path, mutate):
-    attack(path, mutate, 600, seed=SEED)
+    attack(path, mutate, 250, seed=SEED)
 
 
 # ---- what random mutation hardly meets ----

@@ -120,7 +120,7 @@ def test_a_commit_that_hangs_shows_in_queue_and_delay(path, monkeypatch):
     inner = Active.commit
 
     def held(self, group):
-        gate.wait(30)
+        gate.wait(180)
         inner(self, group)
 
     monkeypatch.setattr(Active, "commit", held)

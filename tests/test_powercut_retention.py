@@ -124,7 +124,7 @@ def test_a_drop_that_is_removed_before_it_is_recorded_is_caught(record):
 
 @pytest.mark.slow
 def test_drops_and_pins_survive_many_power_cuts(record):
-    report = checker.check_log(record("nothing"), check_store, count=600, seed=2, warm_up=warm_up)
+    report = checker.check_log(record("nothing"), check_store, count=300, seed=2, warm_up=warm_up)
     assert not report.failures, report
 
 

@@ -295,7 +295,7 @@ def test_a_signal_ends_a_long_wait_with_exit_0(path, number):
     ) as child:
         child.stdout.read(4)
         child.send_signal(number)
-        _, err = child.communicate(timeout=60)
+        _, err = child.communicate(timeout=180)
     assert child.returncode == 0
     assert err.startswith(b"Replayed 1 packets (1 rows)")
     assert b"late by at most" in err
