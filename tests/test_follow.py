@@ -529,9 +529,9 @@ def test_kill_9_of_a_follower_repeats_a_little_and_loses_nothing(path, tmp_path)
     kept = path.parent / "cursor"
     filled(path, 1)
     seen = []
-    with start(WRITER, ROOT, path, 1, 400, 2) as writer:
-        while not seen or seen[-1] < 399:
-            with start(FOLLOWER, ROOT, path, 399, kept) as follower:
+    with start(WRITER, ROOT, path, 1, 200, 2) as writer:
+        while not seen or seen[-1] < 199:
+            with start(FOLLOWER, ROOT, path, 199, kept) as follower:
                 assert follower.stdout.readline() == "open\n"
                 time.sleep(0.3)
                 follower.kill()
@@ -543,7 +543,7 @@ def test_kill_9_of_a_follower_repeats_a_little_and_loses_nothing(path, tmp_path)
             assert run[0] <= (seen[-1] + 1 if seen else 0), "lost"
             seen += run
         assert writer.wait(120) == 0
-    assert set(seen) == set(range(400))
+    assert set(seen) == set(range(200))
 
 
 def rows_in(path):

@@ -22,7 +22,7 @@ from kvstore.cli.terminal import LOSS
 
 BLOCKS = blocks_of((ROOT / "docs/follow.md").read_text())
 PYTHON = [block for block in BLOCKS if block.language == "python"]
-KILLS_QUICK, KILLS_LONG = 3, 10
+KILLS_QUICK, KILLS_LONG = 3, 6
 
 
 def numbers_in(path):

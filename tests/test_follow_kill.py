@@ -16,7 +16,7 @@ from test_follow import drained
 
 import kvstore
 
-ROUNDS = int(os.environ.get("KVSTORE_KILLS", "25"))
+ROUNDS = int(os.environ.get("KVSTORE_KILLS", "15"))
 
 WRITER = """
     import sys, time

@@ -62,7 +62,8 @@ THIRD_PARTY = {
 # What `import kvstore` may load, with whatever these load themselves.
 LIGHT = ("numpy", "lmdb", "msgpack", "xxhash", "lz4.block", "numcodecs.blosc")
 HEAVY = {
-    "typer", "rich", "pydantic", "pandas", "pyarrow", "matplotlib", "polars", "h5py", "zarr", "torch"
+    "typer", "rich", "pydantic",
+    "pandas", "pyarrow", "matplotlib", "polars", "h5py", "zarr", "torch",
 }  # fmt: skip
 
 UNKNOWN = "not in the table of floors"
