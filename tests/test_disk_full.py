@@ -382,6 +382,16 @@ def test_pins_drops_and_settings_on_a_full_disk(volume, path):
 # ---- beside the store ----
 
 
+def command(*words, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "kvstore", *map(str, words)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+        **options,
+    )
+
+
 def test_a_cursor_that_cannot_be_kept_leaves_the_earlier_one(volume, path):
     path.mkdir()
     kept = CursorFile(path / "cursor")
@@ -399,15 +409,10 @@ def test_a_cursor_that_cannot_be_kept_leaves_the_earlier_one(volume, path):
 
 def test_metrics_that_find_no_room_do_not_keep_from_capturing(volume, path, tmp_path):
     path.mkdir()
-    command = [sys.executable, "-m", "kvstore", "write", tmp_path / "run.kv", "--stream", "s"]
+    packet = b"".join(encode(batch(0, 1000)))
+    words = ["write", tmp_path / "run.kv", "--stream", "s", "--metrics-file", path / "kv.prom"]
     with ballast(volume, leaving=0):
-        done = subprocess.run(
-            [*command, "--metrics-file", path / "kv.prom"],
-            input=b"".join(encode(batch(0, 1000))),
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            check=False,
-        )
+        done = command(*words, input=packet)
         assert done.returncode == 0, done.stderr
         assert b"kv.prom: metrics not written: [Errno 28]" in done.stderr
         assert os.listdir(path) == []
@@ -415,13 +420,21 @@ def test_metrics_that_find_no_room_do_not_keep_from_capturing(volume, path, tmp_
 
 
 def test_metrics_that_can_never_be_written_are_named(tmp_path):
-    command = [sys.executable, "-m", "kvstore", "write", tmp_path / "run.kv", "/dev/null"]
-    done = subprocess.run(
-        [*command, "--metrics-file", tmp_path / "none" / "kv.prom"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    metrics = tmp_path / "none" / "kv.prom"
+    done = command("write", tmp_path / "run.kv", "/dev/null", "--metrics-file", metrics)
     assert done.returncode == 1
-    assert "none/kv.prom: metrics cannot be written: No such file or directory" in done.stderr
+    assert b"none/kv.prom: metrics cannot be written: No such file or directory" in done.stderr
+
+
+def test_a_plot_that_fills_the_disk_leaves_what_was_there(volume, path, tmp_path):
+    pytest.importorskip("matplotlib")
+    with kvstore.open(tmp_path / "run.kv", "w") as store:
+        store.stream("s").append(batch(0, 1000))
+    path.mkdir()
+    (path / "out.png").write_text("before")
+    with ballast(volume, leaving=PAGE):
+        done = command("plot", tmp_path / "run.kv", "-o", path / "out.png")
+        assert done.returncode == 1
+        assert b"No space left on device; nothing there was changed" in done.stderr
+        assert os.listdir(path) == ["out.png"]
+        assert (path / "out.png").read_text() == "before"
