@@ -662,12 +662,14 @@ def test_a_terminal_gets_a_summary_and_tables_and_never_binary(store):
         assert "as in: kvstore generate --max-mb 200 | kvstore write run.kv" in done.err
 
 
-def test_info_fits_a_narrow_terminal(store):
-    done = on_terminal("info", store, width=80)
+@pytest.mark.parametrize("width", [80, 50])
+def test_info_fits_a_narrow_terminal(store, width):
+    done = on_terminal("info", store, width=width)
     assert done.code == 0
     assert re.search(rf"rows +{PACKETS * PARTICLES} in \d+ batches", done.err)
     assert re.search(r"first +2026-02-17T15:32:37\+00:00", done.err)
     assert re.search(r"scattering +int32 +64x16", done.err)
+    assert "description" not in done.err  # of no field: no room is lost to it
 
 
 def test_progress_is_shown_on_a_terminal_with_rate_rows_bytes_and_disk_left(tmp_path):
