@@ -301,7 +301,7 @@ def flips(path, count):
 
 
 def test_flips_anywhere_lose_little_and_nothing_silently(path):
-    flips(path, 60)
+    flips(path, 40)
 
 
 @pytest.mark.slow

@@ -373,7 +373,7 @@ COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
 def test_store_behaves_like_the_model():
-    quick = settings(max_examples=35, stateful_step_count=25, **COMMON)
+    quick = settings(max_examples=25, stateful_step_count=25, **COMMON)
     run_state_machine_as_test(StoreMachine, settings=quick)
 
 
