@@ -57,6 +57,8 @@ THIRD_PARTY = {
     "cli": {"typer", "rich"},
     "plots": {"matplotlib"},
     "export": {"pyarrow", "pandas", "h5py", "zarr", "xarray", "torch"},
+    "telemetry": {"msgspec", "yaml", "pyarrow", "psycopg", "pyiceberg", "confluent_kafka"},
+    "dayfiles": {"polars", "pyarrow", "matplotlib", "dask", "distributed"},
 }
 
 # What `import kvstore` may load, with whatever these load themselves.
@@ -64,6 +66,7 @@ LIGHT = ("numpy", "lmdb", "msgpack", "xxhash", "lz4.block", "numcodecs.blosc")
 HEAVY = {
     "typer", "rich", "pydantic",
     "pandas", "pyarrow", "matplotlib", "polars", "h5py", "zarr", "torch",
+    "msgspec", "yaml", "psycopg", "pyiceberg", "confluent_kafka",
 }  # fmt: skip
 
 UNKNOWN = "not in the table of floors"
