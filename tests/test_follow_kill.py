@@ -12,7 +12,6 @@ import time
 
 import pytest
 from stores import ROOT, SEED, start
-from test_follow import drained
 
 import kvstore
 
@@ -83,9 +82,9 @@ def check(path, kept, rounds):
         kept_cursor = kvstore.CursorFile(kept).cursor
         begin = kept_cursor.sequence if kept_cursor else 0
         assert begin <= len(given), f"seed {seed}: the cursor is ahead of what was handed over"
-        stored = {
-            each.cursor.sequence - 1: int(each.batch["time"][0]) for each in drained(store["s"])
-        }
+        idle = []
+        every = store["s"].follow(stop=lambda: bool(idle), sleep=idle.append)  # GB, if kept
+        stored = {each.cursor.sequence - 1: int(each.batch["time"][0]) for each in every}
         assert given.items() <= stored.items(), f"seed {seed}: what was delivered is not there"
         assert sorted(stored) == list(range(len(stored)))
         assert len(given) > 1
