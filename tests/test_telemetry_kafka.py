@@ -413,12 +413,13 @@ def test_the_workers_of_a_sink_are_one_group_and_no_other_sink_is_in_it(tmp_path
     assert one.startswith("kvstore-postgres-ops-")
     others = [
         group_of("postgres", "postgresql://db2:5432/ops"),
+        group_of("postgres", "postgresql://db:5432/ops?schema=beside"),
         group_of("postgres", "postgresql:///ops?host=/run/one"),
         group_of("postgres", "postgresql:///ops?host=/run/two"),
         group_of("lake", str(tmp_path / "ops")),
         group_of("lake", str(tmp_path / "a" / "ops")),
     ]
-    assert len({one, *others}) == 6
+    assert len({one, *others}) == 7
     assert group_of("lake", f"{tmp_path}/x/../ops/") == group_of("lake", f"{tmp_path}/ops")
 
 

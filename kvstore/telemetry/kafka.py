@@ -90,14 +90,16 @@ def environment_options(environ: Mapping[str, str]) -> dict[str, str]:
 def group_of(kind: str, target: str) -> str:
     """The consumer group of a sink: all its workers share it, and no other sink does.
 
-    Named after what the target says of server and path, not of user, password or parameters, so
-    that workers may log in differently. Two spellings of one sink make two groups: their workers
+    Named after what the target says of server, path and schema, not of user, password or other
+    parameters, so that workers may log in differently. Two spellings of one sink make two groups: their workers
     fence each other out, which is loud; half of the events each would not be.
     """
     parts = urlsplit(target)
     given = parse_qs(parts.query)  # PostgreSQL's may say there where its server is
     host = parts.hostname or "".join(given.get("host", ()))
     where = f"{host}:{parts.port or ''.join(given.get('port', ()))}{parts.path}"
+    if "schema" in given:  # PostgresSink's own parameter: another schema is another sink
+        where += f"?schema={given['schema'][0]}"
     if not parts.scheme:
         where = os.path.realpath(target)
     name = re.sub(r"[^a-zA-Z0-9._-]", "-", where.rstrip("/").rpartition("/")[2])
