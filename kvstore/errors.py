@@ -17,6 +17,7 @@
     │   ├── SourceError       events that cannot be read: gone, recreated, past their retention
     │   └── SinkError         a sink that cannot be opened, changed or written
     │       ├── Fenced            somebody else has claimed the place; nothing was kept
+    │       ├── RolledBack        somebody set the sink back behind its last commit
     │       └── CommitUnknown     the reply to a commit was lost: it may or may not be there
     └── StoreError        the store itself
         ├── StoreNotFound     no store at that path (also a FileNotFoundError)
@@ -138,6 +139,10 @@ class SinkError(TelemetryError):
 
 class Fenced(SinkError):
     """Another worker has claimed a place since, or its position has moved; nothing was kept."""
+
+
+class RolledBack(SinkError):
+    """The sink was set back behind its last commit: a person decides, trying again is no use."""
 
 
 class CommitUnknown(SinkError):

@@ -22,7 +22,7 @@ import kvstore
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 MARKERS = {"bash": {"shell", "quickstart", "test-command"}, "python": {""}}
-SILENT = {"text", "json"}  # languages of blocks that only show something
+SILENT = {"text", "json", "mermaid"}  # languages of blocks that only show something
 
 
 class Block(NamedTuple):

@@ -16,7 +16,7 @@ import sqlalchemy
 import telemetry_data as data
 from telemetry_model import read_all, state_of
 
-from kvstore.errors import CommitUnknown, Fenced, SinkError
+from kvstore.errors import CommitUnknown, Fenced, RolledBack, SinkError
 from kvstore.telemetry.records import Claim, LetterChange, Outcome, State
 from kvstore.telemetry.sinks import iceberg as iceberg_module
 from kvstore.telemetry.sinks import iceberg_commit, iceberg_keys, iceberg_side
@@ -276,7 +276,7 @@ def test_a_rollback_is_an_error_that_offers_the_positions(path):
         lambda: sink.commit(made),
         lambda: sink.settle(made),
     ):
-        with pytest.raises(SinkError, match=r"rolled back.* 2 instead of 21.*--accept-rollback"):
+        with pytest.raises(RolledBack, match=r"rolled back.* 2 instead of 21.*--accept-rollback"):
             act()
 
 

@@ -14,7 +14,14 @@ import telemetry_data as data
 from telemetry_model import state_of
 from test_telemetry_stream_sink import fresh_store
 
-from kvstore.errors import CommitUnknown, Fenced, SinkError, SourceError, TooManyRejected
+from kvstore.errors import (
+    CommitUnknown,
+    Fenced,
+    RolledBack,
+    SinkError,
+    SourceError,
+    TooManyRejected,
+)
 from kvstore.telemetry import pipeline as loop
 from kvstore.telemetry.pipeline import Limits, Pipeline
 from kvstore.telemetry.records import Chunk, Place, Position
@@ -238,6 +245,14 @@ def test_a_signal_ends_trying(sink):
 
 
 @pytest.mark.parametrize("arrived", [True, False])
+@pytest.mark.parametrize("method", ["claim", "commit"])
+def test_a_sink_that_was_rolled_back_waits_for_a_person_not_for_another_try(sink, method):
+    events = []
+    with failing(sink, method, RolledBack("set back")), pytest.raises(RolledBack, match="set back"):
+        pipe(Script([(P0, range(3))]), sink, report=events.append).run()
+    assert not [event for event in events if event.name == "retry"]
+
+
 @pytest.mark.parametrize("settle", [(), (SinkError("still down"),), (CommitUnknown("again"),)])
 def test_a_lost_reply_is_settled_not_repeated(sink, arrived, settle):
     with (

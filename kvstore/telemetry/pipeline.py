@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from kvstore.errors import (
     CommitUnknown,
     Fenced,
+    RolledBack,
     SinkError,
     SourceError,
     StoreError,
@@ -292,7 +293,7 @@ class Pipeline:
         for pause_s in _pauses():
             try:
                 return act(is_doubtful)
-            except Fenced:
+            except (Fenced, RolledBack):
                 raise
             except (SinkError, StoreError) as error:
                 is_doubtful |= isinstance(error, CommitUnknown)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from kvstore.errors import Fenced, SinkError
+from kvstore.errors import Fenced, RolledBack, SinkError
 from kvstore.telemetry.records import Claim, Outcome, Place, Position
 
 PLACE: Final = "kvstore.place."
@@ -195,7 +195,7 @@ def check_lineage(metadata: Any, state: State, location: str) -> None:
         + f" instead of {state.marks[place].position.next}"
         for place, position in offered(metadata, state).items()
     )
-    raise SinkError(
+    raise RolledBack(
         f"{location} was rolled back: its last commit of ours, snapshot {head.snapshot}, is no "
         f"ancestor of the current one, {metadata.current_snapshot_id}. The positions in the "
         f"current one's past are: {places or 'none'}. To go on from there: "
