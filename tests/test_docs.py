@@ -21,10 +21,10 @@ TELEMETRY, RUNBOOK = ROOT / "docs" / "telemetry.md", ROOT / "docs" / "runbook.md
 PAGES = [TELEMETRY, RUNBOOK]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 # Of kafka-topics.sh, kafka-configs.sh and kafka-consumer-groups.sh.
-KAFKAS = {"--add-config", "--alter", "--bootstrap-server", "--describe", "--list", "--partitions"} | {
-    "--reset-offsets",
-    "--topic",
-}
+KAFKAS = {
+    "--add-config", "--alter", "--bootstrap-server", "--describe", "--list", "--partitions",
+    "--reset-offsets", "--topic",
+}  # fmt: skip
 
 
 def code_of(page: Path) -> str:
@@ -33,7 +33,7 @@ def code_of(page: Path) -> str:
     return "\n".join([*re.findall(r"`([^`\n]+)`", text), *(each.text for each in blocks_of(text))])
 
 
-def flags(command: typer.models.CommandFunctionType) -> set[str]:
+def flags(command) -> set[str]:
     """Every flag of a command and of those below it."""
     found = {flag for each in command.params for flag in (*each.opts, *each.secondary_opts)}
     for below in getattr(command, "commands", {}).values():
@@ -107,6 +107,7 @@ def test_the_lake_is_read_as_shown(tmp_path, monkeypatch):
     (first,) = [b for b in blocks_of(RUNBOOK.read_text()) if "simulate" in b.text]
     bash(first, tmp_path, PATH=path, PYTHONPATH=str(ROOT))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("POLARS_ICEBERG_PLANNER", "pyiceberg")  # else it warns of a faster one
     (block,) = [b for b in blocks_of(TELEMETRY.read_text()) if b.marker == "lake"]
     names: dict[str, object] = {}
     exec(compile("\n" * block.line + block.text, str(TELEMETRY), "exec"), names)

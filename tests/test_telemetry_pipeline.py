@@ -244,7 +244,6 @@ def test_a_signal_ends_trying(sink):
         assert len(waiting) == 96
 
 
-@pytest.mark.parametrize("arrived", [True, False])
 @pytest.mark.parametrize("method", ["claim", "commit"])
 def test_a_sink_that_was_rolled_back_waits_for_a_person_not_for_another_try(sink, method):
     events = []
@@ -253,6 +252,7 @@ def test_a_sink_that_was_rolled_back_waits_for_a_person_not_for_another_try(sink
     assert not [event for event in events if event.name == "retry"]
 
 
+@pytest.mark.parametrize("arrived", [True, False])
 @pytest.mark.parametrize("settle", [(), (SinkError("still down"),), (CommitUnknown("again"),)])
 def test_a_lost_reply_is_settled_not_repeated(sink, arrived, settle):
     with (
