@@ -91,8 +91,8 @@ def group_of(kind: str, target: str) -> str:
     """The consumer group of a sink: all its workers share it, and no other sink does.
 
     Named after what the target says of server, path and schema, not of user, password or other
-    parameters, so that workers may log in differently. Two spellings of one sink make two groups: their workers
-    fence each other out, which is loud; half of the events each would not be.
+    parameters, so that workers may log in differently. Two spellings of one sink make two groups:
+    their workers fence each other out, which is loud; half of the events each would not be.
     """
     parts = urlsplit(target)
     given = parse_qs(parts.query)  # PostgreSQL's may say there where its server is

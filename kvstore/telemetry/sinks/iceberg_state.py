@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from kvstore.errors import Fenced, RolledBack, SinkError
+from kvstore.errors import Fenced, RolledBack
 from kvstore.telemetry.records import Claim, Outcome, Place, Position
 
 PLACE: Final = "kvstore.place."
