@@ -15,7 +15,7 @@ import kvstore
 from kvstore import libc
 from kvstore.cli import app, main
 from kvstore.errors import SettingsError
-from kvstore.telemetry import settings
+from kvstore.telemetry import pipeline, settings
 from kvstore.telemetry.opening import has_password, kind_of, redacted
 from kvstore.telemetry.sinks.stream import StreamSink
 
@@ -42,6 +42,7 @@ class Ran:
 def here(capfd, monkeypatch):
     """A folder to work in, and the command run in this very process."""
     monkeypatch.setattr(libc, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(pipeline, "collect_rarely", lambda: None)
     with scratch() as folder:
         monkeypatch.chdir(folder)
         lines = [*map(json.dumps, BRIEF), json.dumps(BRIEF[0]), "{", json.dumps({"device_id": "x"})]

@@ -17,13 +17,16 @@ from bench import report
 from bench.figure import Measurement, Setting
 from bench.process import ROOT
 from bench.session import measure_all
-from bench.telemetry import embedded, postgres, validation
+from bench.telemetry import embedded, kafka, lake, postgres, validation
 from bench.telemetry.events import EVENT_BYTES
+from kvstore.telemetry.pipeline import collect_rarely
 
 MEASUREMENTS: Final[tuple[Measurement, ...]] = (
     *validation.MEASUREMENTS,
     *embedded.MEASUREMENTS,
     *postgres.MEASUREMENTS,
+    *lake.MEASUREMENTS,
+    *kafka.MEASUREMENTS,
 )
 TINY_EVENTS: Final = 2000
 
@@ -36,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{measurement.name:22}{measurement.about}")
         return 0
     kvstore.keep_freed_memory()  # as `kvstore telemetry ingest` does
+    collect_rarely()
     wanted = [m for m in MEASUREMENTS if m.name in options.names or not options.names]
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=options.dir) as folder:
         setting = _setting(options, Path(folder))

@@ -16,6 +16,7 @@ The clock stands still within a commit: an event's hour of ingest is the same wh
 
 from __future__ import annotations
 
+import gc
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -389,6 +390,16 @@ class Pipeline:
 
     def _say(self, name: str, message: str, **fields: object) -> None:
         self._report(Event("info", name, message, fields))
+
+
+def collect_rarely() -> None:
+    """Have Python look for cycles less often; for a program whose work is a pipeline.
+
+    A commit's events are hundreds of thousands of objects, without cycles, that come and go:
+    looking through them each 700 took an eighth of the time.
+    """
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def new_run(now_us: int) -> str:
