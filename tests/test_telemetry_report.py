@@ -200,7 +200,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(EVENTS, max_size=4), st.data())
 def test_whatever_comes_is_stored_or_a_duplicate_or_rejected(chunks, draw):
     with scratch() as folder, StreamSink.open(folder / "run.kv", brief()) as sink:
