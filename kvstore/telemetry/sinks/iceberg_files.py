@@ -40,12 +40,7 @@ class _SyncedFile(PyArrowFile):  # type: ignore[misc]
     def create(self, overwrite: bool = False) -> io.BufferedWriter:  # noqa: FBT001, FBT002
         path = str(self._path)
         make_durable_folder(str(Path(path).parent))
-        try:
-            return _SyncedStream(io.FileIO(path, "wb" if overwrite else "xb"), BUFFER_BYTES)
-        except FileNotFoundError:  # somebody removed the folder since
-            _durable.clear()
-            make_durable_folder(str(Path(path).parent))
-            return _SyncedStream(io.FileIO(path, "wb" if overwrite else "xb"), BUFFER_BYTES)
+        return _SyncedStream(io.FileIO(path, "wb" if overwrite else "xb"), BUFFER_BYTES)
 
 
 class _SyncedStream(io.BufferedWriter):
@@ -66,7 +61,7 @@ class _SyncedStream(io.BufferedWriter):
 
 def make_durable_folder(path: str) -> None:
     """Make the folder and those above it, and sync the names of all that are new to us."""
-    if path in _durable:
+    if path in _durable and Path(path).is_dir():  # somebody may have removed it since
         return
     parent = str(Path(path).parent)
     if parent != path:

@@ -237,15 +237,18 @@ class Keys:
         hits = np.zeros(len(wanted), np.bool_)
         runs = self._opened(partition)
         covered = self._covered[partition]
+        fresh: list[Hashes] = []
         for file in near:
             if file.path in covered:
                 continue
             hashes = self.hashes_of(*keys_of(table, file))
-            if self._make_room(len(hashes), partition):
-                runs.add(hashes)
+            if self._make_room(sum(map(len, fresh)) + len(hashes), partition):
+                fresh.append(hashes)
                 covered.add(file.path)
-            else:
-                hits |= _in_sorted(np.sort(hashes), in_order) if len(hashes) else False
+            elif len(hashes):
+                hits |= _in_sorted(np.sort(hashes), in_order)
+        if fresh:
+            runs.add(np.concatenate(fresh))
         if near:
             hits |= runs.holds(in_order)
         found = np.empty_like(hits)

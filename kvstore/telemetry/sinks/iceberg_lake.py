@@ -37,6 +37,7 @@ from pyiceberg.types import DoubleType
 
 from kvstore.errors import CommitUnknown, KvstoreError, SinkError
 from kvstore.telemetry.sinks import iceberg_rows as rows
+from kvstore.telemetry.sinks.iceberg_files import make_durable_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -120,6 +121,8 @@ def _catalog(location: str, given: Mapping[str, str] | None, *, create: bool) ->
         "py-io-impl": "kvstore.telemetry.sinks.iceberg_files.SyncedFileIO",
         **(given or {}),
     }
+    if create and not remote:
+        make_durable_folder(str(path))
     if "uri" not in properties:
         properties["uri"] = f"sqlite:///{_catalog_file(path, remote=remote, create=create)}"
     kind = "rest" if properties["uri"].startswith(("http://", "https://")) else "sql"
@@ -135,9 +138,7 @@ def _catalog_file(path: Path, *, remote: bool, create: bool) -> Path:
     if remote:
         raise SinkError(f"{path}: a lake that is no local folder needs a catalog: give its uri")
     file = path / CATALOG_FILE
-    if create:
-        path.mkdir(parents=True, exist_ok=True)
-    elif not file.exists():
+    if not create and not file.exists():
         raise SinkError(f"no lake at {path}: found no {CATALOG_FILE} there; check the path")
     return file
 

@@ -293,34 +293,44 @@ def _remove(table: Any, paths: Iterable[str], done: Upkeep) -> None:
 def _remove_orphans(
     lake: Lake, name: str, horizon_s: float, done: Upkeep, *, dry_run: bool
 ) -> None:
-    table = lake.table(name)
+    before = lake.table(name)
     with translated(lake.location):
-        old = list(_old_files(table, horizon_s))
+        listed = _listed(before)
+        if _plain(before, before.metadata_location) not in listed:
+            raise SinkError(
+                f"{lake.location}: {before.metadata_location} is not among the files found below "
+                f"{before.location()}; nothing was removed, as names cannot be told apart"
+            )
         # Looked at after the listing: what was committed in between is in the newer table.
         table = lake.table(name)
         metadata = table.metadata
         known = referred(table, metadata.snapshots) | {table.metadata_location}
         known |= {each.metadata_file for each in metadata.metadata_log}
         known |= {each.statistics_path for each in metadata.statistics}
-        orphans = [path for path in old if _plain(path) not in {_plain(each) for each in known}]
+        needed = {_plain(table, each) for each in known}
+        orphans = [
+            location
+            for plain, (location, written_s) in listed.items()
+            if written_s < horizon_s and plain not in needed
+        ]
         done.orphans += len(orphans)
         if not dry_run:
             _remove(table, orphans, done)
 
 
-def _old_files(table: Any, horizon_s: float) -> Iterator[str]:
-    """Locations of files below the table's folder that were last written before that."""
+def _listed(table: Any) -> dict[str, tuple[str, float]]:
+    """All files below the table's folder: location, and when it was last written."""
     scheme, netloc, path = table.io.parse_location(table.location(), table.io.properties)
-    files = table.io.fs_by_scheme(scheme, netloc)
-    for info in files.get_file_info(FileSelector(path, recursive=True)):
-        if info.type == FileType.File and info.mtime_ns / 1e9 < horizon_s:
-            yield f"{scheme}://{info.path}"
+    found = table.io.fs_by_scheme(scheme, netloc).get_file_info(FileSelector(path, recursive=True))
+    files = [each for each in found if each.type == FileType.File]
+    named = ((f"{scheme}://{each.path}", each.mtime_ns / 1e9) for each in files)
+    return {_plain(table, location): (location, at_s) for location, at_s in named}
 
 
-def _plain(location: str) -> str:
-    """A location without the slashes in which spellings differ (file:/a, file:///a)."""
-    scheme, _, path = location.partition(":")
-    return f"{scheme}:{path.lstrip('/')}"
+def _plain(table: Any, location: str) -> str:
+    """A location as the disk has it: a relative one, file:/a and file:///a have other spellings."""
+    scheme, _, path = table.io.parse_location(location, table.io.properties)
+    return f"{scheme}:{path}"
 
 
 # ---- after a rollback ----

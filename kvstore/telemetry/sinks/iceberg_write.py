@@ -27,6 +27,8 @@ from pyiceberg.utils.concurrent import ExecutorFactory
 COMPRESSION: Final = "zstd"
 COMPRESSION_LEVEL: Final = 1  # level 3 takes 1.3 times the time for files 2 % smaller
 ROW_GROUP_ROWS: Final = 1 << 17  # what a read of a few minutes has to decode
+# Ascending numbers: differences take a fifth of the room, and no dictionary is tried in vain.
+DELTAS: Final = ("ts", "_offset", "offset")
 
 
 class Piece(NamedTuple):
@@ -57,6 +59,10 @@ def _write(table: Any, piece: Piece, name: str) -> Any:
             compression=COMPRESSION,
             compression_level=COMPRESSION_LEVEL,
             store_schema=False,  # else readers get dictionaries back
+            use_dictionary=[name for name in rows.column_names if name not in DELTAS],
+            column_encoding=dict.fromkeys(
+                (name for name in rows.column_names if name in DELTAS), "DELTA_BINARY_PACKED"
+            ),
         ) as writer:
             writer.write(rows, row_group_size=ROW_GROUP_ROWS)
         statistics = data_file_statistics_from_parquet_metadata(

@@ -1,4 +1,4 @@
-"""Migration from the lake: everything, once, resumable; and the reconciliation finds what differs."""
+"""Migration from the lake: all of it, once, resumable; reconciliation finds what differs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ def target(tmp_path):
         yield sink
 
 
-def move(lake, target, window=Window(), **options):
+ALL = Window()
+
+
+def move(lake, target, window=ALL, **options):
     return migrate(lake, target, window, contract_version=2, run="migration", **options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -270,7 +271,7 @@ def test_a_rollback_is_an_error_that_offers_the_positions(path):
     made = rolled_back(path, 3)
     sink = IcebergSink.open(str(path))
     for act in (
-        lambda: sink.positions(),
+        sink.positions,
         lambda: sink.claim([data.PLACE]),
         lambda: sink.commit(made),
         lambda: sink.settle(made),
@@ -321,10 +322,10 @@ def test_every_file_is_synced_before_the_catalog_points_at_it(path, monkeypatch)
     def fsync(descriptor):
         real(descriptor)
         found = os.fstat(descriptor)
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        name = Path(f"/proc/self/fd/{descriptor}").readlink()
         synced[found.st_dev, found.st_ino] = found.st_size
-        if os.path.isdir(name):
-            folders[found.st_ino] = set(os.listdir(name))
+        if name.is_dir():
+            folders[found.st_ino] = {each.name for each in name.iterdir()}
 
     monkeypatch.setattr(os, "fsync", fsync)
     looked = []
@@ -500,8 +501,6 @@ def test_what_is_no_lake_is_said(path):
 
 
 def test_a_column_of_another_type_is_said(path):
-    from dataclasses import replace
-
     with lakes.opened(path) as sink:
         field = replace(data.BRIEF.values[0], type="string")
         with pytest.raises(SinkError, match=r"'temperature' is a number, and text in the contract"):
