@@ -8,7 +8,7 @@ import signal
 
 import pytest
 from hypothesis import settings
-from kafka_server import kafka  # noqa: F401 - a fixture
+from kafka_server import forgetful, kafka  # noqa: F401 - fixtures
 from postgres_server import postgres, postgres_server  # noqa: F401 - fixtures
 from powercut import checker, recorder
 from registry_server import registry  # noqa: F401 - a fixture

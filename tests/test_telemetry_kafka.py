@@ -9,10 +9,12 @@ import time
 
 import numpy as np
 import pytest
-from kafka_server import MEMBER, started
+from kafka_server import started
 
 from kvstore.errors import SourceError
-from kvstore.telemetry.kafka import Cluster, Topic, environment_options, group_of, parse_address
+from kvstore.telemetry.dead_topic import DeadTopic
+from kvstore.telemetry.kafka import Cluster, environment_options, group_of, parse_address
+from kvstore.telemetry.produce import LineProducer
 from kvstore.telemetry.records import Place, Position
 from kvstore.telemetry.sources.kafka import KafkaSource, consumer_options
 
@@ -50,6 +52,9 @@ class Notebook:
             if place.partition == partition
             for _, payload in events
         ]
+
+    def losses(self):
+        return sum(event.name == "lost" for event in self.told)
 
     @property
     def count(self):
@@ -214,8 +219,8 @@ def test_a_recreated_topic_is_an_error_until_its_loss_is_accepted(kafka):
     assert notebook.count == 5
 
     # Offsets 0 to 4 exist twice now: the places have to differ.
-    source = read(kafka, topic, notebook, 13, accept_loss=True)
-    assert len(source.losses) == 1
+    read(kafka, topic, notebook, 13, accept_loss=True)
+    assert notebook.losses() == 1
     old, new = notebook.events
     assert new.source.startswith(old.source + "@")
     assert [payload for _, payload in notebook.events[new]] == numbered(8, of=1)
@@ -260,33 +265,6 @@ def test_a_topic_recreated_while_it_is_read_hands_out_nothing_of_the_new_one(kaf
     assert notebook.count == 5
 
 
-@pytest.fixture
-def forgetful(monkeypatch):
-    """librdkafka's mock broker, which drops its oldest events above 5 MB and tells no topic ids."""
-    from confluent_kafka import Producer  # noqa: PLC0415 - an extra
-
-    producer = Producer(
-        {"bootstrap.servers": "mock", "test.mock.num.brokers": 1, "log_level": 2, "linger.ms": 0}
-        | {"batch.num.messages": 1}
-    )
-    (broker,) = producer.list_topics(timeout=WAIT_S).brokers.values()
-    monkeypatch.setattr(Cluster, "topic", lambda self, **_: Topic("mock", "", 1))
-
-    class Forgetful:
-        servers = f"{broker.host}:{broker.port}"
-        member = MEMBER
-
-        def url(self, topic):
-            return f"kafka://{self.servers}/{topic}"
-
-        def produce(self, topic, events):
-            for event in events:
-                producer.produce(topic, event, partition=0)
-                assert producer.flush(WAIT_S) == 0
-
-    return Forgetful()
-
-
 LARGE = [f"{number:02}".encode() * 400_000 for number in range(20)]
 
 
@@ -297,12 +275,12 @@ def test_events_past_their_retention_are_an_error_unless_the_loss_is_accepted(fo
     forgetful.produce("large", LARGE[3:])
     with pytest.raises(SourceError, match=r"offsets 3 to 1\d were deleted .*--accept-loss"):
         read(forgetful, "large", notebook, 4)
-    source = read(forgetful, "large", notebook, 5, accept_loss=True)
-    assert len(source.losses) == 1
+    read(forgetful, "large", notebook, 5, accept_loss=True)
+    assert notebook.losses() == 1
     (events,) = notebook.events.values()
     first = events[3][0]
     assert first > 3
-    assert f"offsets 3 to {first - 1} " in source.losses[0]
+    assert f"offsets 3 to {first - 1} " in notebook.told[-1].message
     assert [payload for _, payload in events] == LARGE[:3] + LARGE[first : first + len(events) - 3]
 
 
@@ -311,11 +289,12 @@ def test_retention_that_overtakes_a_reader_is_found_as_well(forgetful):
     forgetful.produce("slow", LARGE[:2])
     notebook = Notebook()
     small = {"queued.max.messages.kbytes": 1, "queued.min.messages": 1}  # prefetch next to nothing
+    small["fetch.queue.backoff.ms"] = 10
     with reading(forgetful, "slow", notebook, options=small, accept_loss=True) as source:
         read_until(source, notebook, lambda: notebook.count == 1, events_max=1)
         forgetful.produce("slow", LARGE[2:])
         read_until(source, notebook, lambda: notebook.chunks[-1].after.next == len(LARGE))
-        assert source.losses
+    assert notebook.losses()
     (events,) = notebook.events.values()
     assert [payload for _, payload in events] == [LARGE[offset] for offset, _ in events]
     assert [offset for offset, _ in events] == sorted({offset for offset, _ in events})
@@ -343,7 +322,7 @@ def test_a_broker_that_stops_answering_for_a_while_loses_nothing():
         with reading(kafka, topic, notebook) as source:
             read_until(source, notebook, lambda: notebook.count == 10)
             kafka.process.send_signal(signal.SIGSTOP)
-            notebook.keep(source.poll(events_max=10, bytes_max=10**6, wait_s=1.5))
+            notebook.keep(source.poll(events_max=10, bytes_max=10**6, wait_s=0.5))
             kafka.process.send_signal(signal.SIGCONT)
             kafka.produce(topic, numbered(10, of=1), partition=0)
             read_until(source, notebook, lambda: notebook.count >= 20)
@@ -365,6 +344,23 @@ def test_an_error_of_the_sink_ends_the_poll(kafka):
     notebook.assigned = assigned
     with pytest.raises(SourceError, match="the sink is gone"):
         read(kafka, topic, notebook, 1, kind=KafkaSource)
+
+
+def test_a_topic_recreated_before_a_rebalance_is_found_in_it(kafka, monkeypatch):
+    """Else the new id would be believed, and the partitions of before be read on as of the new."""
+    topic = kafka.create(partitions=2)
+    notebook = Notebook()
+    with reading(kafka, topic, notebook) as source:
+        told = source._cluster.topic()._replace(topic_id="another")
+        monkeypatch.setattr(Cluster, "topic", lambda self, **_: told)
+        with pytest.raises(SourceError, match="created again while it was read"):
+            source._take([1])
+
+
+@pytest.mark.parametrize("make", [Cluster, LineProducer, DeadTopic])
+def test_an_option_that_librdkafka_does_not_know_is_an_error(make):
+    with pytest.raises(SourceError, match=r"kafka://h:1/t: .*no\.such\.option"):
+        make(parse_address("kafka://h:1/t"), {"no.such.option": "secret"})
 
 
 # ---- addresses and options ----

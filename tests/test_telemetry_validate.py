@@ -618,14 +618,14 @@ def test_how_long_an_event_was_under_way_is_counted_where_the_source_knows():
 
 
 def test_memory_is_bounded_however_many_devices_and_fields_there_are(monkeypatch):
-    monkeypatch.setattr("kvstore.telemetry.seen.DEVICES_MAX", 3)
+    monkeypatch.setattr("kvstore.telemetry.devices.DEVICES_MAX", 3)
     monkeypatch.setattr("kvstore.telemetry.seen.UNKNOWN_MAX", 3)
     validator = Validator(brief(), now_us=lambda: NOW_US)
     found = Counter()
     for n in range(40):
         done = validator.validate(chunk([at(n, f"d{n % 10}", **{f"x{n}": 1})]), run="r")
         found.update(totals(done.seen))
-        assert len(validator._seen._codes) <= 5
+        assert len(validator._devices.names) <= 5
     assert {name: n for name, n in found.items() if name.startswith("unknown")} == {
         "unknown:x0": 1, "unknown:x1": 1, "unknown:x2": 1, "unknown:*": 37,
     }  # fmt: skip

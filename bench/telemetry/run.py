@@ -17,14 +17,16 @@ from bench import report
 from bench.figure import Measurement, Setting
 from bench.process import ROOT
 from bench.session import measure_all
-from bench.telemetry import embedded, lake, validation
+from bench.telemetry import embedded, kafka, lake, postgres, validation
 from bench.telemetry.events import EVENT_BYTES
 from kvstore.telemetry.pipeline import collect_rarely
 
 MEASUREMENTS: Final[tuple[Measurement, ...]] = (
     *validation.MEASUREMENTS,
     *embedded.MEASUREMENTS,
+    *postgres.MEASUREMENTS,
     *lake.MEASUREMENTS,
+    *kafka.MEASUREMENTS,
 )
 TINY_EVENTS: Final = 2000
 

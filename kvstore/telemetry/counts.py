@@ -30,7 +30,7 @@ DELAYED: Final = "delayed"  # of those, longer under way than the contract allow
 
 HOUR_US: Final = 3_600_000_000
 
-_NAMES: Final = {
+NAMES: Final = {
     Fate.STORED: (STORED,),
     Fate.DUPLICATE: (DUPLICATES,),
     Fate.CONFLICT: (REJECTED, f"reason:{CONFLICT}"),
@@ -60,7 +60,7 @@ def named(groups: Iterable[tuple[tuple[str, int, int], int]]) -> list[Count]:
     return [
         Count(device_id, hour_us, name, value)
         for (device_id, hour_us, fate), value in groups
-        for name in _NAMES[Fate(fate)]
+        for name in NAMES[Fate(fate)]
     ]
 
 

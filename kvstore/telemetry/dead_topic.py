@@ -28,6 +28,7 @@ from kvstore.telemetry.kafka import (
     Address,
     Options,
     environment_options,
+    made,
     parse_address,
     translated,
 )
@@ -47,18 +48,17 @@ class DeadTopic:
     def __init__(self, address: Address, options: Options):
         self._address = address
         self._failed: str = ""
-        self._producer: Any = Producer(
-            {
-                "client.id": "kvstore",
-                "compression.type": "lz4",
-                "message.timeout.ms": int(SENT_S * 1000),
-                **options,
-                "enable.idempotence": True,
-                "log_level": 2,
-                "bootstrap.servers": address.servers,
-                "on_delivery": self._delivered,
-            }
-        )
+        config = {
+            "client.id": "kvstore",
+            "compression.type": "lz4",
+            "message.timeout.ms": int(SENT_S * 1000),
+            **options,
+            "enable.idempotence": True,
+            "log_level": 2,
+            "bootstrap.servers": address.servers,
+            "on_delivery": self._delivered,
+        }
+        self._producer = made(Producer, config, address)
 
     @classmethod
     def open(cls, url: str, options: Options) -> DeadTopic:

@@ -8,9 +8,10 @@ never printed. librdkafka's errors are translated here.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs, urlsplit
@@ -19,6 +20,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
 
 from kvstore.errors import SourceError
+from kvstore.events import Event, Level, Report
 
 SCHEME: Final = "kafka"
 ANSWER_S: Final = 15.0  # for a question to the cluster: a broker's own limit for most is 10 s
@@ -107,10 +109,9 @@ class Cluster:
 
     def __init__(self, address: Address, options: Options):
         self._address = address
-        self._admin = AdminClient(
-            # Options of consumers and producers are among ours: it would warn of each.
-            {"log_level": 2, **options, "bootstrap.servers": address.servers}
-        )
+        # Options of consumers and producers are among ours: it would warn of each.
+        config = {"log_level": 2, **options, "bootstrap.servers": address.servers}
+        self._admin = made(AdminClient, config, address)
         self._cluster_id = ""
 
     def topic(self, *, wait_s: float = ANSWER_S) -> Topic | None:
@@ -129,6 +130,14 @@ class Cluster:
         return Topic(self._cluster_id, "" if told == _NO_ID else told, len(found.partitions))
 
 
+def made(client: Callable[[dict[str, Any]], Any], config: dict[str, Any], address: Address) -> Any:
+    """A client of librdkafka; SourceError where it refuses an option, whose value is not shown."""
+    try:
+        return client(config)
+    except KafkaException as error:
+        raise translated(error, address) from error
+
+
 def translated(error: KafkaException | KafkaError, address: Address) -> SourceError:
     """Librdkafka's error in our words."""
     cause = error.args[0] if isinstance(error, KafkaException) else error
@@ -139,3 +148,20 @@ def translated(error: KafkaException | KafkaError, address: Address) -> SourceEr
     if cause.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
         return SourceError(f"{address}: not allowed to read the topic; grant READ and DESCRIBE")
     return SourceError(f"{address}: {cause.str()}")
+
+
+class _Relay(logging.Handler):
+    def __init__(self, report: Report):
+        super().__init__(logging.WARNING)
+        self._tell = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level: Level = "error" if record.levelno >= logging.ERROR else "warning"
+        self._tell(Event(level, "librdkafka", record.getMessage()))
+
+
+def relay(report: Report) -> logging.Logger:
+    """What librdkafka is to log to: of warnings and errors it makes events."""
+    logger = logging.Logger("kvstore.kafka")  # noqa: LOG001 - each source has its own listener
+    logger.addHandler(_Relay(report))
+    return logger

@@ -20,9 +20,10 @@ import gc
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kvstore.errors import (
     CommitUnknown,
@@ -81,9 +82,18 @@ class Limits:
 # What a sink does best with. A lake's commit costs 0.1 s and some files, whatever is in it.
 BEST: Final = {
     "store": Limits(),
-    "postgres": Limits(),
+    "postgres": Limits(rows_max=100_000),  # figures by device and hour are added up half as often
     "lake": Limits(rows_max=300_000, bytes_max=128 << 20, wait_s=10.0),
 }
+
+
+class _Flying(NamedTuple):
+    """A commit that is under way on its thread."""
+
+    flight: Future[Outcome]
+    work: Work
+    events: int
+    source: Source | None
 
 
 class Pipeline:
@@ -120,14 +130,19 @@ class Pipeline:
         self._held = Gathered()
         self._validator = Validator(contract, now_us=lambda: self._held.now_us, **(validator or {}))
         self._fences = 0
+        self._committer = ThreadPoolExecutor(1, "kvstore-commit")
+        self._flying: _Flying | None = None
 
     def run(self) -> Progress:
         """Until the source ends, or ``stopped()``. Raises what is not to be mended here."""
         while True:
             try:
                 with self._open_source() as source:
-                    source.start(self._assigned, self._revoked)
-                    self._drain(source)
+                    try:
+                        source.start(self._assigned, self._revoked)
+                        self._drain(source)
+                    finally:
+                        self._give_up()
             except Fenced as error:
                 self._drop(error)
             else:
@@ -141,15 +156,21 @@ class Pipeline:
                 chunks = self._poll(source)
             except SourceError:
                 self._commit(source)  # a source that fails late takes nothing with it
+                self._land()
                 raise
+            if not chunks or (self._flying is not None and self._flying.flight.done()):
+                self._land()
             if chunks is None:
                 break
             for chunk in chunks:
                 self._take(chunk)
+            if self._flying is not None and self._flying.flight.done():
+                self._land()  # its failure is known, and its figures, though nothing more comes
             if self._is_due():
                 self._commit(source)
                 self._check_rejected(SHARE_EVENTS_MIN)
         self._commit(source)
+        self._land()
         self._check_rejected(1)
 
     def _poll(self, source: Source) -> list[Chunk] | None:
@@ -174,25 +195,30 @@ class Pipeline:
         held.bytes += bytes_of(chunk)
 
     def _is_due(self) -> bool:
-        held, limits = self._held, self._limits
+        held = self._held
         if not held.chunks:
             return False
-        is_full = held.events >= limits.rows_max or held.bytes >= limits.bytes_max
-        return is_full or time.monotonic() >= held.since_s + limits.wait_s
+        return self._is_full(held) or time.monotonic() >= held.since_s + self._limits.wait_s
+
+    def _is_full(self, held: Gathered) -> bool:
+        return held.events >= self._limits.rows_max or held.bytes >= self._limits.bytes_max
 
     # ---- places come and go ----
 
     def _assigned(self, places: Sequence[Place]) -> list[Position]:
+        self._land()
         claims = self._tried(lambda _: self._sink.claim(places), f"claiming {len(places)} places")
         self._claims |= {claim.position.place: claim for claim in claims}
         self._say("assigned", f"{len(places)} places to read", places=_names(places))
         return [claim.position for claim in claims]
 
     def _revoked(self, places: Sequence[Place], lost: bool) -> None:  # noqa: FBT001  # OnRevoked
+        self._land()
         if lost:
             self._held = self._held.without(places)
         elif set(places) & set(self._held.places()):
             self._commit(None)
+            self._land()
         for place in places:
             self._claims.pop(place, None)
         self._say("revoked", f"{len(places)} places given up", places=_names(places), lost=lost)
@@ -211,19 +237,48 @@ class Pipeline:
     # ---- the commit ----
 
     def _commit(self, source: Source | None) -> None:
+        """Have what is gathered committed, behind the commit before, while the next is gathered.
+
+        On a thread of its own: what waits for a disk or a server there leaves the processor to
+        reading and validating here. One commit at a time: the sink never sees two threads.
+        """
         held = self._held
         if not held.chunks:
             return
         work = self._work(held)
-        with self.progress.commits.timed(1):
-            outcome = self._tried(lambda is_doubtful: self._once(work, is_doubtful), "commit")
-        self._held, self._fences = Gathered(), 0
+        self._land()
         for claim, position in zip(work.claims, work.after, strict=True):
             self._claims[position.place] = claim._replace(position=position)
-        self._count(work, outcome, held.events)
+        self._held = Gathered()
+        flight = self._committer.submit(self._commit_now, work)
+        self._flying = _Flying(flight, work, held.events, source)
+        limits = self._limits
+        limited = limits.rejected_max is not None or limits.rejected_share_max is not None
+        if limited or not self._is_full(held):
+            self._land()  # no backlog to read meanwhile; or not one batch more than allowed
+
+    def _commit_now(self, work: Work) -> Outcome:
+        with self.progress.commits.timed(1):
+            outcome: Outcome = self._tried(lambda doubtful: self._once(work, doubtful), "commit")
+        return outcome
+
+    def _land(self) -> None:
+        """Wait for the commit that is under way; raises what came of it."""
+        if self._flying is None:
+            return
+        (flight, work, events, source), self._flying = self._flying, None
+        outcome = flight.result()
+        self._fences = 0
+        self._count(work, outcome, events)
         if source is not None:
             source.committed(work.after)
             self._measure_lag(source)
+
+    def _give_up(self) -> None:
+        """After an error: wait for a commit under way all the same, as its sink may be closed."""
+        if self._flying is not None:
+            wait([self._flying.flight])
+            self._flying = None
 
     def _once(self, work: Work, is_doubtful: bool) -> Outcome:  # noqa: FBT001
         """One try. Where an earlier one may be there, that is found out first, and last."""

@@ -21,7 +21,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 
 from kvstore.errors import SourceError
 from kvstore.events import Event, Report
-from kvstore.telemetry.kafka import Address, Options, translated
+from kvstore.telemetry.kafka import Address, Options, made, translated
 
 QUEUE_BYTES: Final = 64 << 20  # a second and more at 50 MB/s
 FULL_S: Final = 0.1  # between two tries at a full queue: deliveries make room meanwhile
@@ -81,16 +81,15 @@ class LineProducer:
         self._address = address
         self._encode = encode
         self._report = report
-        self._producer: Any = Producer(
-            {
-                **DEFAULTS,
-                **options,
-                **FIXED,
-                "bootstrap.servers": address.servers,
-                "on_delivery": self._undelivered,
-                "error_cb": self._fatal,
-            }
-        )
+        config = {
+            **DEFAULTS,
+            **options,
+            **FIXED,
+            "bootstrap.servers": address.servers,
+            "on_delivery": self._undelivered,
+            "error_cb": self._fatal,
+        }
+        self._producer = made(Producer, config, address)
         self._fatal_error: Any = None
 
     def send(self, lines: Iterable[bytes], *, rate_hz: float = 0.0) -> None:

@@ -75,26 +75,37 @@ class Stamps(NamedTuple):
 
 
 def parse_all(texts: Sequence[str]) -> Stamps:
-    """Many at once, 40 ns each: digits as columns of a matrix for each length that occurs."""
+    """Many at once, 60 to 100 ns each.
+
+    Seconds stand at the same places in all; what follows them is read for each length that occurs.
+    """
     count = len(texts)
     found = Stamps(np.zeros(count, np.int64), np.zeros(count, bool), np.zeros(count, bool))
-    raw = np.frombuffer(("\n".join(texts) + "\n").encode("utf-8", "replace"), np.uint8)
+    joined = "\n".join(texts) + "\n" + " " * _SECONDS_END
+    raw = np.frombuffer(joined.encode("utf-8", "replace"), np.uint8)
     ends = np.flatnonzero(raw == ord("\n"))
-    if len(ends) != count:  # a line break within a text, or none at all
+    if not count or len(ends) != count:  # a line break within a text
         return found
-    lengths = np.diff(ends, prepend=-1) - 1
-    if count and lengths[0] * count == len(raw) - count and (lengths == lengths[0]).all():
-        down = raw.reshape(count, -1).T[:-1]
-        if _SHORTEST <= len(down) <= _LONGEST:
-            _parse_equal_lengths(down, np.arange(count), found)
-        return found
-    for length in np.unique(lengths).tolist():
-        if _SHORTEST <= length <= _LONGEST:
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts
+    seconds, sure = _seconds(_windows(raw, starts, _SECONDS_END))
+    found.us[:] = seconds * 1_000_000
+    in_utc = raw[ends - 1] == ord("Z")
+    np.logical_and(in_utc, lengths == _SHORTEST, out=found.sure)
+    of_length = np.bincount(np.minimum(lengths, _LONGEST + 1), minlength=_LONGEST + 2)
+    for length in np.flatnonzero(of_length[: _LONGEST + 1]).tolist():
+        if length > _SHORTEST:
             rows = np.flatnonzero(lengths == length)
-            starts = ends[rows] - length
-            texts_down = raw[starts + np.arange(length)[:, None]]
-            _parse_equal_lengths(texts_down, rows, found)
+            down = _windows(raw, starts[rows] + _SECONDS_END, length - _SECONDS_END)
+            _add_tails(down, in_utc[rows], rows, found)
+    np.logical_and(found.sure, sure, out=found.sure)
     return found
+
+
+def _windows(raw: NDArray[np.uint8], starts: NDArray[Any], width: int) -> NDArray[np.uint8]:
+    """So many bytes from each start on, one text a column."""
+    windows: NDArray[np.uint8] = np.lib.stride_tricks.sliding_window_view(raw, width)[starts].T
+    return windows
 
 
 # Which characters of 2025-01-20T10:15:30 are digits, and what the others have to be.
@@ -106,32 +117,40 @@ _OFFSET: Final = 6  # characters of +01:00
 _SHORTEST: Final = _SECONDS_END + 1
 _LONGEST: Final = _SECONDS_END + 1 + FRACTION_DIGITS_MAX + _OFFSET
 
+_PLACES: Final = 10.0 ** np.arange(5, -1, -1)  # of a microsecond's digits
+
 _MONTHS: Final = np.arange(f"{YEAR_MIN}-01", f"{YEAR_MAX + 1}-02", dtype="datetime64[M]")
 _MONTH_STARTS: Final[NDArray[np.int64]] = _MONTHS.astype("datetime64[D]").astype(np.int64)
 _MONTH_DAYS: Final = np.diff(_MONTH_STARTS)
 
 
-def _parse_equal_lengths(down: NDArray[np.uint8], rows: NDArray[Any], found: Stamps) -> None:
-    """down: one text a column; those that end in Z, and those that end in an offset."""
-    in_utc = down[-1] == ord("Z")
-    tails = ((in_utc, 1), (~in_utc, _OFFSET))
-    for chosen, tail in tails:
-        if chosen.all():
-            _parse_alike(down, tail, rows, found)
-        elif chosen.any():
-            _parse_alike(down[:, chosen], tail, rows[chosen], found)
-
-
-def _parse_alike(down: NDArray[np.uint8], tail: int, rows: NDArray[Any], found: Stamps) -> None:
-    fraction = down[_SECONDS_END:-tail]
-    if len(down) < _SECONDS_END + tail or len(fraction) == 1:
+def _add_tails(
+    down: NDArray[np.uint8], in_utc: NDArray[np.bool_], rows: NDArray[Any], found: Stamps
+) -> None:
+    """down: what follows the seconds, all of one length: those in UTC, those with an offset."""
+    if in_utc.all():
+        _add_alike(down, 1, rows, found)
         return
-    seconds, sure = _seconds(down)
-    micros, finer, fraction_sure = _fraction(fraction)
-    ahead, offset_sure = _offset_seconds(down[-tail:]) if tail > 1 else (0, True)
-    found.us[rows] = (seconds - ahead) * 1_000_000 + micros
-    found.sure[rows] = sure & fraction_sure & offset_sure
-    found.finer[rows] = finer
+    if in_utc.any():
+        _add_alike(down[:, in_utc], 1, rows[in_utc], found)
+    if len(down) >= _OFFSET:
+        _add_alike(down[:, ~in_utc], _OFFSET, rows[~in_utc], found)
+
+
+def _add_alike(down: NDArray[np.uint8], tail: int, rows: NDArray[Any], found: Stamps) -> None:
+    """tail: the length of Z, or of an offset; before it is nothing, or a point and digits."""
+    fraction = down[:-tail]
+    if len(fraction) == 1:
+        return
+    sure = np.ones(len(rows), bool)
+    micros: NDArray[np.int64] | int = 0
+    if len(fraction):
+        micros, found.finer[rows], sure = _fraction(fraction)
+    if tail > 1:
+        ahead, offset_sure = _offset_seconds(down[-tail:])
+        micros, sure = micros - ahead * 1_000_000, sure & offset_sure
+    found.us[rows] += micros
+    found.sure[rows] = sure
 
 
 def _seconds(down: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -153,12 +172,9 @@ def _fraction(
     down: NDArray[np.uint8],
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
     """Microseconds of .25, whether anything finer than them was cut, whether that is sure."""
-    micros = np.zeros(down.shape[1], np.int64)
-    if not len(down):
-        return micros, np.zeros(len(micros), bool), np.ones(len(micros), bool)
     digits = down[1:] - np.uint8(ord("0"))
-    for place, digit in enumerate(digits[:6]):
-        micros += digit.astype(np.int64) * 10 ** (5 - place)
+    first = digits[:6]
+    micros = (_PLACES[: len(first)] @ first.astype(np.float64)).astype(np.int64)  # exact
     sure: NDArray[np.bool_] = (down[0] == ord(".")) & (digits.max(axis=0) <= 9)  # noqa: PLR2004
     finer: NDArray[np.bool_] = digits[6:].max(axis=0, initial=0) > 0
     return micros, finer, sure

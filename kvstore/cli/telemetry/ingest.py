@@ -19,7 +19,7 @@ from kvstore import libc
 from kvstore.cli.capture import stop_signal
 from kvstore.cli.log import Log, LogFormat
 from kvstore.cli.options import Json
-from kvstore.cli.terminal import progress_bar
+from kvstore.cli.terminal import LOSS, progress_bar
 from kvstore.errors import SettingsError
 from kvstore.events import Event
 from kvstore.every import every
@@ -126,7 +126,8 @@ def ingest(
     """Take events in, each exactly once, however often this is started again.
 
     The sink keeps how far the source was read, in the same commit as the rows. What the contract
-    refuses becomes a dead letter: see `kvstore telemetry rejects`.
+    refuses becomes a dead letter: see `kvstore telemetry rejects`. Exit code 3 where the source had
+    dropped events before their turn, and --accept-loss went on.
     """
     from kvstore.telemetry.pipeline import collect_rarely  # noqa: PLC0415
 
@@ -152,9 +153,12 @@ def ingest(
     libc.keep_freed_memory()
     collect_rarely()
     with stop_signal() as stop:
-        progress = Run(given, Log(log_format), stop).run()
+        run = Run(given, Log(log_format), stop)
+        progress = run.run()
     if as_json:
         print(json.dumps(figures(progress)))
+    if run.losses:
+        raise typer.Exit(LOSS)
 
 
 def options(
@@ -192,6 +196,7 @@ class Run:
     settings: Settings
     log: Log
     stop: int
+    losses: int = 0  # that the source had, and that were accepted
 
     def run(self) -> Progress:
         """Until the source ends or a signal comes; says what came of it."""
@@ -268,6 +273,7 @@ class Run:
         return {"group.id": group_of(*self.settings.sink), **self.settings.kafka}
 
     def _report(self, event: Event) -> None:
+        self.losses += event.name == "lost"
         if event.name not in _QUIET or self.log.shape == "json":
             self.log(event)
 

@@ -1,13 +1,8 @@
 """Events of a Kafka topic, as one member of a consumer group: its share of the partitions.
 
 Where each partition is read from is the sink's word alone, asked for whenever partitions become
-ours: Kafka's committed offsets are written for lag graphs and never read, ``auto.offset.reset`` is
-"error". A partition never read begins with the earliest event. What stands between the sink's
-position and the topic is an error, or a loss accepted aloud: events past their retention, a topic
-deleted and created again (known by its topic id, which is kept in ``Position.token``).
-
-Identity of an event is (source, partition, offset), so the offsets of a recreated topic must not
-meet those of the one before it: its places are named ``…/topic@<topic id>``.
+ours (kafka_begin.py): Kafka's committed offsets are written for lag graphs and never read, and
+``auto.offset.reset`` is "error".
 
 Rules for consuming in batches. librdkafka has returned events of an assignment that had ended in
 the middle of a call (its release notes, 2.0 and later). So partitions that a call brings are
@@ -18,7 +13,6 @@ Memory: QUEUE_BYTES inside librdkafka, what one poll may return, and one slice.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -27,10 +21,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from kvstore.errors import SourceError
-from kvstore.events import Event, Level, Report
+from kvstore.events import Event, Report
 from kvstore.telemetry.kafka import (
     ANSWER_S,
     REGISTRY,
@@ -39,11 +33,14 @@ from kvstore.telemetry.kafka import (
     Options,
     Topic,
     environment_options,
+    made,
     parse_address,
+    relay,
     translated,
 )
 from kvstore.telemetry.records import Chunk, Place, Position
 from kvstore.telemetry.source import OnAssigned, OnRevoked
+from kvstore.telemetry.sources.kafka_begin import Begin, Beginnings
 
 if TYPE_CHECKING:
     from kvstore.telemetry.avro import Decoder
@@ -90,7 +87,7 @@ class KafkaSource:
 
     group: one for each sink; members of it share the partitions, so two sinks in one group would
     get half of the events each. accept_loss: go on where events are gone for good, and say so.
-    losses: what was accepted, in words; whoever drives the source reports it.
+    A loss that was accepted is reported as the event ``lost``.
     """
 
     def __init__(
@@ -103,15 +100,14 @@ class KafkaSource:
         decoder: Decoder | None = None,
         report: Report = lambda _: None,
     ):
-        self.losses: list[str] = []
         self._address = address
         self._config = consumer_options(address, group, options or {})
         self._cluster = Cluster(address, options or {})
         self._accept_loss = accept_loss
         self._decoder = decoder
         self._report = report
-        self._on_assigned: OnAssigned = _nowhere
         self._on_revoked: OnRevoked = _nobody
+        self._begins: Any = None  # once it has started
         self._consumer: Any = None
         self._topic = Topic("", "", 0)
         self._checked_s = 0.0
@@ -161,9 +157,18 @@ class KafkaSource:
 
     def start(self, on_assigned: OnAssigned, on_revoked: OnRevoked) -> None:
         """Join the group; partitions come while polling. SourceError where there is no topic."""
-        self._on_assigned, self._on_revoked = on_assigned, on_revoked
+        self._on_revoked = on_revoked
+        self._begins = Beginnings(
+            self._address,
+            on_assigned=on_assigned,
+            on_revoked=on_revoked,
+            low=self._low,
+            accept_loss=self._accept_loss,
+            report=self._report,
+        )
         self._topic = self._ask()
-        self._consumer = Consumer({**self._config, "logger": _logger(self._report)})
+        logger = relay(self._report)
+        self._consumer = made(Consumer, {**self._config, "logger": logger}, self._address)
         self._join()
 
     def poll(self, *, events_max: int, bytes_max: int, wait_s: float) -> list[Chunk] | None:
@@ -206,57 +211,19 @@ class KafkaSource:
     def _take(self, numbers: list[int]) -> None:
         """Partitions have become ours: called inside ``consume``."""
         if numbers:  # a rebalance may leave us with what we have
-            self._topic = self._ask()
-            for position in self._positions(numbers):
-                self._fresh[position.place.partition] = self._begin(position)
+            self._topic = self._same(self._ask())
+            for begin in self._begins.of(numbers, self._topic):
+                self._fresh[begin.place.partition] = self._remembered(begin)
         self._consumer.incremental_assign([])  # says that we have heard
 
-    def _positions(self, numbers: Iterable[int]) -> list[Position]:
-        """What the sink says; of a recreated topic, what it says of the topic as it is now."""
-        name = f"kafka:{self._topic.cluster_id}/{self._address.topic}"
-        claimed = self._on_assigned([Place(name, number) for number in numbers])
-        stale = [position for position in claimed if self._is_stale(position)]
-        if not stale:
-            return list(claimed)
-        self._on_revoked([position.place for position in stale], True)
-        renamed = f"{name}@{self._topic.topic_id}"
-        anew = self._on_assigned([Place(renamed, old.place.partition) for old in stale])
-        if all(position.next < 0 for position in anew):
-            self._recreated(stale[0])
-        return [position for position in claimed if position not in stale] + [*anew]
-
-    def _is_stale(self, position: Position) -> bool:
-        return bool(position.token) and position.token != self._topic.topic_id != ""
-
-    def _recreated(self, old: Position) -> None:
-        self._accept(
-            f"{self._address}: the topic was deleted and created again: the sink knows it by the "
-            f"id {old.token}, now it is {self._topic.topic_id}; whatever of the old one had not "
-            "been read is gone"
-        )
-
-    def _begin(self, position: Position) -> Any:
-        """The partition and the offset to fetch from, its place remembered."""
-        number = position.place.partition
-        self._places[number] = position.place
-        self._next[number] = position.next
-        if position.next >= 0:
-            return self._at(number, self._passed(position))
-        if "@" in position.place.source:  # that it was accepted is recorded, events or not
-            self._move(position, self._low(number))
-        return self._at(number, OFFSET_BEGINNING)
-
-    def _passed(self, position: Position) -> int:
-        """The first offset to read: the position's, unless what is there has been deleted."""
-        number = position.place.partition
-        low = self._low(number)
-        if position.next < low:
-            self._accept(
-                f"{self._address} partition {number}: the offsets {position.next} to {low - 1} "
-                "were deleted (retention) before they were read"
-            )
-            self._move(position, low)
-        return max(position.next, low)
+    def _remembered(self, begin: Begin) -> Any:
+        """The partition and the offset to fetch from."""
+        number = begin.place.partition
+        self._places[number] = begin.place
+        self._next[number] = begin.offset
+        if begin.moved is not None:
+            self._moved[number] = begin.moved
+        return self._at(number, begin.offset)
 
     def _low(self, number: int) -> int:
         """The partition's first offset."""
@@ -265,18 +232,6 @@ class KafkaSource:
         except KafkaException as error:
             raise translated(error, self._address) from error
         return int(low)
-
-    def _move(self, position: Position, to: int) -> None:
-        """Have the sink record that the position is another, though nothing was read up to it."""
-        number = position.place.partition
-        self._next[number] = to
-        self._moved[number] = Position(position.place, to, self._topic.topic_id)
-
-    def _accept(self, loss: str) -> None:
-        if not self._accept_loss:
-            raise SourceError(f"{loss}; --accept-loss goes on with what is there")
-        self.losses.append(loss)
-        self._warn("source-loss", loss)
 
     def _give(self, numbers: list[int], *, lost: bool) -> None:
         """Partitions are ours no longer: called inside ``consume``."""
@@ -315,12 +270,16 @@ class KafkaSource:
             return True
         topic = self._cluster.topic()
         self._checked_s = now_s
-        if topic is not None and topic.topic_id != self._topic.topic_id:
+        return topic is not None and bool(self._same(topic))
+
+    def _same(self, topic: Topic) -> Topic:
+        """The topic, if it is the one of the partitions that are ours."""
+        if self._places and topic.topic_id != self._topic.topic_id:
             raise SourceError(
                 f"{self._address}: the topic was deleted and created again while it was read; "
                 "start anew to see what that means for the sink"
             )
-        return topic is not None
+        return topic
 
     # ---- events ----
 
@@ -379,17 +338,17 @@ class KafkaSource:
         """
         if (place := self._places.get(number)) is None:
             return
-        position = Position(place, self._next[number])
-        if (low := self._passed(position)) == position.next:
+        begin = self._begins.passed(Position(place, self._next[number]), self._topic)
+        if begin.moved is None:
             raise SourceError(
-                f"{self._address} partition {number}: the sink has read up to offset {low}, but "
-                "the partition ends before that: its log was truncated or restored; see "
-                "docs/runbook.md, Recreated topic"
+                f"{self._address} partition {number}: the sink has read up to offset "
+                f"{begin.offset}, but the partition ends before that: its log was truncated or "
+                "restored; see docs/runbook.md, Recreated topic"
             )
         # Not ``seek``: only a new assignment surely ends what is on its way (PR 4117).
-        begin = self._at(number, low)
-        self._consumer.incremental_unassign([begin])
-        self._consumer.incremental_assign([begin])
+        fetched = self._remembered(begin)
+        self._consumer.incremental_unassign([fetched])
+        self._consumer.incremental_assign([fetched])
 
     def _within(self, events_max: int, bytes_max: int) -> list[Any]:
         """Take from what is held as much as fits; one event at least."""
@@ -456,27 +415,5 @@ def _numbers(partitions: Iterable[Any]) -> list[int]:
     return [partition.partition for partition in partitions]
 
 
-def _nowhere(places: Sequence[Place]) -> Sequence[Position]:
-    raise AssertionError(f"{places} were assigned before start")
-
-
 def _nobody(places: Sequence[Place], lost: bool) -> None:  # noqa: FBT001  # OnRevoked
     """A closing source tells nobody that its partitions go: all was committed, or must not be."""
-
-
-class _Relay(logging.Handler):
-    """librdkafka's own log, from warnings up, as events."""
-
-    def __init__(self, report: Report):
-        super().__init__(logging.WARNING)
-        self._tell = report
-
-    def emit(self, record: logging.LogRecord) -> None:
-        level: Level = "error" if record.levelno >= logging.ERROR else "warning"
-        self._tell(Event(level, "librdkafka", record.getMessage()))
-
-
-def _logger(report: Report) -> logging.Logger:
-    logger = logging.Logger("kvstore.kafka")  # noqa: LOG001 - each source has its own listener
-    logger.addHandler(_Relay(report))
-    return logger

@@ -191,14 +191,14 @@ class Session:
 
     def _once(self, act: Callable[[Connection], T], *, twice: bool) -> T:
         connection = self.connection
-        connection.execute("BEGIN")
+        connection.execute("BEGIN", prepare=False)
         try:
             result = act(connection)
         except BaseException:
             self._undo(connection)
             raise
         try:
-            connection.execute("COMMIT")
+            connection.execute("COMMIT", prepare=False)
         except psycopg.Error as error:
             if twice or not _lost(connection):
                 self._undo(connection)
@@ -213,7 +213,7 @@ class Session:
         """Back to where no transaction is open; a connection in any other state is given up."""
         try:
             if not _lost(connection):
-                connection.execute("ROLLBACK")
+                connection.execute("ROLLBACK", prepare=False)
         except psycopg.Error:
             pass
         if _lost(connection) or connection.info.transaction_status != TransactionStatus.IDLE:

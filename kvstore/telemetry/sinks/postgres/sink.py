@@ -18,7 +18,6 @@ import numpy as np
 from psycopg import errors
 
 from kvstore.errors import CommitUnknown, Fenced, SinkError
-from kvstore.telemetry import counts as figures
 from kvstore.telemetry.contract import Contract
 from kvstore.telemetry.records import (
     Claim,
@@ -175,7 +174,7 @@ class PostgresSink:
         if not self._sign(connection, work, outcome):
             raise Fenced(f"{self.address}: commit {work.commit_id} is there already; settle it")
         # Last, since its rows may be shared with other workers, who wait for them.
-        decided = figures.decided(work.readings, fates)
+        decided = counts.decided(batch, fates) if len(fates) else ()
         counts.add(connection, self._tables, [*work.seen, *decided])
         return outcome, found
 

@@ -184,8 +184,14 @@ class Tables:
         self._session.run(alone)
 
     def _exist(self, connection: Connection) -> bool:
-        found = connection.execute("SELECT to_regclass(%s)", [self.regclass("commits")]).fetchone()
-        return found is not None and found[0] is not None
+        # Not to_regclass: it answers from the session's cache and takes no lock that would bring
+        # that up to date, so that whoever waited for another's tables made them again.
+        found = connection.execute(
+            "SELECT FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace "
+            "WHERE nspname = %s AND relname = 'commits'",
+            [self._schema],
+        )
+        return found.fetchone() is not None
 
     def _create(self, connection: Connection) -> None:
         if self._exist(connection):
