@@ -21,7 +21,7 @@ from telemetry_model import read_all
 pytestmark = pytest.mark.slow
 
 EVENTS = 4000
-ROUNDS_MAX = 40
+ROUNDS_MAX = 6
 DEADLINE_S = 120
 
 
