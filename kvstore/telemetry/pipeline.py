@@ -164,8 +164,6 @@ class Pipeline:
                 break
             for chunk in chunks:
                 self._take(chunk)
-            if self._flying is not None and self._flying.flight.done():
-                self._land()  # its failure is known, and its figures, though nothing more comes
             if self._is_due():
                 self._commit(source)
                 self._check_rejected(SHARE_EVENTS_MIN)
