@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import random
 
 import numpy as np
 import pytest
@@ -177,14 +177,31 @@ def test_a_store_without_readings_is_an_error(folder):
         source.start(lambda _: [], lambda *_: None)
 
 
-def test_the_sink_keeps_its_store_whole_when_retention_drops_segments(folder):
+def test_what_retention_leaves_is_whole_and_known_again(folder):
     """Devices and origins are named in each segment that refers to them."""
-    fill(folder / "ops.kv", many(0, 30))
-    assert kvstore.drop(folder / "ops.kv", "2200-01-01")["rows"] > 0
-    fill(folder / "ops.kv", many(30, 30), [*many(20, 20)])
-    with StreamSink.open(folder / "ops.kv", data.BRIEF, mode="r") as sink:
-        rows = read_all(sink)
-        assert [row for row in rows if row[0][0] == "d1"] == read_all(sink, device_id="d1")
-    assert len(rows) == 40
-    assert {lineage[:2] for _, _, lineage in rows} == {tuple(data.PLACE)}
-    assert json.dumps(rows[0][2])
+    rng, path = random.Random(1), folder / "ops.kv"
+    with StreamSink.open(path, data.BRIEF) as sink:
+        sink.store.set(max_bytes=2 << 20, when_full="drop-oldest")
+        claim = sink.claim([data.PLACE])[0]
+        made = data.work(claim, next_=0)
+        sink.commit(made)
+        for first in range(0, 24_000, 1000):
+            rows = [noisy(n, rng) for n in range(first, first + 1000)]
+            made = data.next_work(made, rows)
+            sink.commit(made)
+    with StreamSink.open(path, data.BRIEF) as sink:
+        left = read_all(sink)
+        assert 1000 < len(left) < 24_000
+        assert [row for row in left if row[0][0] == "d1"] == read_all(sink, device_id="d1")
+        assert {lineage[:2] for _, _, lineage in left} == {tuple(data.PLACE)}
+        again = [
+            data.Row(*identity, dict(values), extras, data.PLACE, 50_000 + n)
+            for n, (identity, (values, extras), _) in enumerate(left)
+        ]
+        made = data.work(sink.claim([data.PLACE]), again)
+        assert sink.commit(made).duplicates == len(left)
+
+
+def noisy(number, rng):
+    text = f"{rng.getrandbits(800):x}"
+    return data.row(f"d{number % 3}", number, offset=number, firmware_version=text)

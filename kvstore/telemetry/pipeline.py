@@ -159,6 +159,8 @@ class Pipeline:
                 self._commit(source)  # a source that fails late takes nothing with it
                 self._land()
                 raise
+            if not chunks or (self._flying is not None and self._flying.flight.done()):
+                self._land()  # its failure is known, and its figures, though nothing more comes
             if chunks is None:
                 break
             for chunk in chunks:
@@ -183,20 +185,23 @@ class Pipeline:
         if not held.chunks:
             held.since_s, held.now_us = time.monotonic(), self._clock()
             taken = chunk.appended_us
-            self.progress.oldest_unsent_us = (
-                int(taken[0]) if taken is not None and len(taken) else held.now_us
-            )
+            is_told = taken is not None and len(taken) > 0
+            held.oldest_us = int(taken[0]) if taken is not None and is_told else held.now_us
+            if self.progress.oldest_unsent_us is None:  # else the commit under way has it
+                self.progress.oldest_unsent_us = held.oldest_us
         held.validated.append(self._validator.validate(chunk, run=self.run_id))
         held.chunks.append(chunk)
         held.events += len(chunk.payloads)
         held.bytes += bytes_of(chunk)
 
     def _is_due(self) -> bool:
-        held, limits = self._held, self._limits
+        held = self._held
         if not held.chunks:
             return False
-        is_full = held.events >= limits.rows_max or held.bytes >= limits.bytes_max
-        return is_full or time.monotonic() >= held.since_s + limits.wait_s
+        return self._is_full(held) or time.monotonic() >= held.since_s + self._limits.wait_s
+
+    def _is_full(self, held: Gathered) -> bool:
+        return held.events >= self._limits.rows_max or held.bytes >= self._limits.bytes_max
 
     # ---- places come and go ----
 
@@ -248,8 +253,9 @@ class Pipeline:
         flight = self._committer.submit(self._commit_now, work)
         self._flying = _Flying(flight, work, held.events, source)
         limits = self._limits
-        if limits.rejected_max is not None or limits.rejected_share_max is not None:
-            self._land()  # not one batch more than allowed
+        limited = limits.rejected_max is not None or limits.rejected_share_max is not None
+        if limited or not self._is_full(held):
+            self._land()  # no backlog to read meanwhile; or not one batch more than allowed
 
     def _commit_now(self, work: Work) -> Outcome:
         with self.progress.commits.timed(1):
@@ -352,7 +358,7 @@ class Pipeline:
             newest = int(work.readings.ts_us.max())
             progress.watermark_us = max(progress.watermark_us or newest, newest)
         progress.committed_us = work.committed_us
-        progress.oldest_unsent_us = None
+        progress.oldest_unsent_us = self._held.oldest_us
         self._say(
             "committed",
             f"committed {events} events: {outcome.stored} stored, {outcome.duplicates} "
