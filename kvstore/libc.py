@@ -1,5 +1,4 @@
-"""The Linux calls that Python lacks, by ctypes: early write-back, small folios, malloc
-thresholds, pipe sizes.
+"""The Linux calls that Python lacks, by ctypes: early write-back, malloc thresholds, pipe sizes.
 
 Each but ``exchange`` is an optimisation or a convenience: where the platform lacks the call, it
 does nothing and the program is only slower. Nothing here is called by ``import kvstore``.
