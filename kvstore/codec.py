@@ -278,6 +278,14 @@ def _holding(
     return data[begin:end], first, last
 
 
+def check_frames(data: Bytes, frames: Sequence[Frame]) -> None:
+    """DamageError where a frame is not what the index says, though the block may be."""
+    offset, whole = 0, memoryview(data)
+    for _, size, expected in frames:
+        _check(whole[offset : offset + size], expected, verify=True)
+        offset += size
+
+
 def _decode_frames(data: memoryview, out: Array, first: int, total: int) -> None:
     """Fill ``out`` with the rows from ``first`` on, of the ``total`` that the frames hold."""
     offset = begin = 0
