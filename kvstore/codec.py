@@ -314,7 +314,7 @@ def _scratch(size: int) -> Array:
     """Memory for a moment; each thread keeps its own, which stays in the caches."""
     if size > FRAME_BYTES:
         return np.empty(size, np.uint8)
-    if not hasattr(_of_thread, "scratch"):
+    if len(getattr(_of_thread, "scratch", ())) < size:
         _of_thread.scratch = np.empty(FRAME_BYTES, np.uint8)
     found: Array = _of_thread.scratch[:size]
     return found

@@ -107,10 +107,16 @@ def test_part_of_the_rows_is_what_slicing_all_of_them_gives(
             array = numbers[:count].astype(plain).view(field.np_dtype).reshape(rows, *shape)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(codec, "FRAME_BYTES", frame_bytes)
+        patched.setattr(codec, "FIRST_FRAME_BYTES", frame_bytes // 2)
         patched.setattr(codec, "FRAME_BYTES_MIN", 1)
+        patched.setattr(codec, "_FIELD_FRAME_BYTES_MIN", 1)
         block = codec.encode(array, field)
         part = slice(*ends)
         out = decoded(block, field, rows, part=part)
+        for verify in (True, False):
+            again = decoded(block, field, rows, part=part, frames=block.frames, verify=verify)
+            assert again.shape == out.shape
+            assert again.tolist() == out.tolist() or np.array_equal(bits(again), bits(out))
     assert out.dtype == array.dtype
     assert out.shape == array[part].shape
     assert out.tolist() == array[part].tolist() or np.array_equal(bits(out), bits(array[part]))
