@@ -10,6 +10,12 @@
     ├── CursorError       a place to follow from that is not in this store (also a ValueError)
     ├── GapError          batches that a follower should get next are no longer in the store
     ├── ListenError       a socket that cannot be listened on, or is in use
+    ├── TelemetryError    the telemetry pipeline
+    │   ├── ContractError     a contract that is wrong or breaks its past (also a ValueError)
+    │   ├── SourceError       events that cannot be read: gone, recreated, past their retention
+    │   └── SinkError         a sink that cannot be opened, changed or written
+    │       ├── Fenced            somebody else has claimed the place; nothing was kept
+    │       └── CommitUnknown     the reply to a commit was lost: it may or may not be there
     └── StoreError        the store itself
         ├── StoreNotFound     no store at that path (also a FileNotFoundError)
         ├── StoreFormatError  not a store, a truncated segment, or a newer format version
@@ -102,6 +108,30 @@ def _gap_error(message: str, first: int, stop: int) -> GapError:
 
 class ListenError(KvstoreError):
     """A socket that cannot be listened on: its path is taken, too long, or not the one given."""
+
+
+class TelemetryError(KvstoreError):
+    """Something is wrong in the telemetry pipeline."""
+
+
+class ContractError(TelemetryError, ValueError):
+    """A contract that cannot be read, or that breaks what came before it."""
+
+
+class SourceError(TelemetryError):
+    """Events that cannot be read: the source is gone, was recreated, or has dropped them."""
+
+
+class SinkError(TelemetryError):
+    """A sink that cannot be opened, changed or written; what was committed is intact."""
+
+
+class Fenced(SinkError):
+    """Another worker has claimed a place since, or its position has moved; nothing was kept."""
+
+
+class CommitUnknown(SinkError):
+    """The reply to a commit was lost: it may or may not have happened. Settle before going on."""
 
 
 class StoreError(KvstoreError):

@@ -56,11 +56,19 @@ THIRD_PARTY = {
     "cli": {"typer", "rich"},
     "plots": {"matplotlib"},
     "export": {"pyarrow", "pandas", "h5py", "zarr", "xarray", "torch"},
+    "telemetry": {"msgspec", "yaml", "pyarrow", "psycopg", "pyiceberg", "confluent_kafka"},
+    "dayfiles": {"polars", "pyarrow", "matplotlib", "dask", "distributed"},
 }
 
 # What `import kvstore` may load, with whatever these load themselves.
 LIGHT = ("numpy", "lmdb", "msgpack", "xxhash", "lz4.block", "numcodecs.blosc")
-HEAVY = {"typer", "rich", "pandas", "pyarrow", "matplotlib", "polars", "h5py", "zarr", "torch"}
+HEAVY = {"typer", "rich", "pandas", "pyarrow", "matplotlib", "polars", "h5py", "zarr", "torch"} | {
+    "msgspec",
+    "yaml",
+    "psycopg",
+    "pyiceberg",
+    "confluent_kafka",
+}
 
 UNKNOWN = "not in the table of floors"
 FOREIGN = "not among its third-party modules"
