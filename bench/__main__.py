@@ -1,7 +1,7 @@
 """``python -m bench [NAMES…]``: measure, print a table on stderr, write JSON.
 
-``python -m bench soak``, ``python -m bench compare`` and ``python -m bench scale`` are other
-matters: see soak.py, compare/run.py and scale/run.py.
+``python -m bench soak``, ``python -m bench compare``, ``python -m bench scale`` and ``python -m
+bench telemetry`` are other matters: see soak.py, compare/run.py, scale/run.py, telemetry/run.py.
 
 Exit codes: 0 everything was measured, whether the targets were met or not; 1 something could
 not be measured; 2 wrong usage.
@@ -24,6 +24,7 @@ from bench.host import filesystem
 from bench.process import ROOT
 from bench.scale import run as scale
 from bench.session import measure_all
+from bench.telemetry import run as telemetry
 
 MEASUREMENTS: tuple[Measurement, ...] = (
     *capture.MEASUREMENTS,
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return compare.main(arguments[1:])
     if arguments[:1] == ["scale"]:
         return scale.main(arguments[1:])
+    if arguments[:1] == ["telemetry"]:
+        return telemetry.main(arguments[1:])
     options = _parser().parse_args(arguments)
     if options.list:
         for measurement in MEASUREMENTS:

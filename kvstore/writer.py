@@ -238,6 +238,20 @@ class Writer:
             self._pool.shutdown()
             self._lock.release()
 
+    def abandon(self) -> None:
+        """Close without committing what was appended since the last flush."""
+        if self._closed or self._generation != environment.generation:
+            return
+        with self._committer.lock:
+            self._closed = True
+            self._marks = {}
+            for stream in self._streams.values():
+                stream.staging = Staging(stream.info.schema)
+            self._committer.forget()
+        self._committer.close()
+        self._pool.shutdown()
+        self._lock.release()
+
     def check_usable(self) -> None:
         """StoreClosed where the handle was closed, or belongs to the process forked from."""
         if self._closed:

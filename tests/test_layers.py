@@ -57,7 +57,16 @@ THIRD_PARTY = {
     "cli": {"typer", "rich"},
     "plots": {"matplotlib"},
     "export": {"pyarrow", "pandas", "h5py", "zarr", "xarray", "torch"},
-    "telemetry": {"msgspec", "yaml", "pyarrow", "psycopg", "pyiceberg", "confluent_kafka"},
+    "telemetry": {
+        "msgspec",
+        "yaml",
+        "pyarrow",
+        "psycopg",
+        "pyiceberg",
+        "confluent_kafka",
+        "sqlalchemy",
+        "fastavro",
+    },
     "dayfiles": {"polars", "pyarrow", "matplotlib", "dask", "distributed"},
 }
 
@@ -66,7 +75,8 @@ LIGHT = ("numpy", "lmdb", "msgpack", "xxhash", "lz4.block", "numcodecs.blosc")
 HEAVY = {
     "typer", "rich", "pydantic",
     "pandas", "pyarrow", "matplotlib", "polars", "h5py", "zarr", "torch",
-    "msgspec", "yaml", "psycopg", "pyiceberg", "confluent_kafka",
+    "msgspec", "yaml", "psycopg", "pyiceberg", "sqlalchemy",
+    "confluent_kafka", "fastavro",
 }  # fmt: skip
 
 UNKNOWN = "not in the table of floors"
