@@ -10,6 +10,7 @@
     ├── CursorError       a place to follow from that is not in this store (also a ValueError)
     ├── GapError          batches that a follower should get next are no longer in the store
     ├── ListenError       a socket that cannot be listened on, or is in use
+    ├── DayfilesError     day files that cannot be made, or a value that cannot be explained
     └── StoreError        the store itself
         ├── StoreNotFound     no store at that path (also a FileNotFoundError)
         ├── StoreFormatError  not a store, a truncated segment, or a newer format version
@@ -102,6 +103,10 @@ def _gap_error(message: str, first: int, stop: int) -> GapError:
 
 class ListenError(KvstoreError):
     """A socket that cannot be listened on: its path is taken, too long, or not the one given."""
+
+
+class DayfilesError(KvstoreError):
+    """Day files that cannot be made: no such input, another run at work, no such file to explain."""
 
 
 class StoreError(KvstoreError):
