@@ -1,4 +1,4 @@
-"""The day-file ETL by its literal entry point: ``python solution.py --input data/ --output output/``.
+"""The day-file ETL, as ``python solution.py --input data/ --output output/``.
 
 The same as ``kvstore dayfiles convert data/ output/``, whose other options are taken as well.
 """

@@ -106,7 +106,7 @@ class ListenError(KvstoreError):
 
 
 class DayfilesError(KvstoreError):
-    """Day files that cannot be made: no such input, another run at work, no such file to explain."""
+    """Day files that cannot be made, such as without input, or a value that is not there."""
 
 
 class StoreError(KvstoreError):

@@ -1,7 +1,8 @@
 """The Linux calls that Python lacks, by ctypes: early write-back, malloc thresholds, pipe sizes.
 
 Each but ``exchange`` and ``sync_filesystem`` is an optimisation or a convenience: where the
-platform lacks the call, it does nothing and the program is only slower. Nothing here is called by ``import kvstore``.
+platform lacks the call, it does nothing and the program is only slower. Nothing here is called
+by ``import kvstore``.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ FLOORS = (
     ("check", "damaged", "verify", "salvage", "recover", "backup", "ingest", "survey"),
     ("plots",),
     ("sockets", "notify", "serve", "metrics"),
-    ("telemetry", "dayfiles"),
+    ("dayfiles",),
+    ("telemetry",),
     ("__init__",),
     ("cli",),
     ("__main__",),
@@ -55,6 +56,7 @@ THIRD_PARTY = {
     "codec": {"numcodecs", "lz4", "xxhash", "msgpack"},
     "cli": {"typer", "rich"},
     "plots": {"matplotlib"},
+    "dayfiles": {"pyarrow", "polars"},
     "export": {"pyarrow", "pandas", "h5py", "zarr", "xarray", "torch"},
 }
 

@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 import typer
 
-from kvstore.cli import capture, check, export, limits, plot, query, replay, stats
+from kvstore.cli import capture, check, dayfiles, export, limits, plot, query, replay, stats
 from kvstore.cli import write as writing
 from kvstore.cli.terminal import FAILED, complain, open_standard_files
 from kvstore.errors import KvstoreError
@@ -113,6 +113,7 @@ app.command(
     )
 )(limits.pin)
 app.command(epilog=_examples("kvstore unpin run.kv 1"))(limits.unpin)
+app.add_typer(dayfiles.app, name="dayfiles")
 
 
 def _show_version(wanted: bool) -> None:

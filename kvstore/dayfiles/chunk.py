@@ -1,4 +1,4 @@
-"""One chunk of an export to its readings: which rows are in the window, and what is wrong with the rest.
+"""One chunk of an export to its readings, and what is wrong with the other rows.
 
 Two layouts say the same. *Long*: ``timestamp, payload_type, value, tags``, a row a reading.
 *Wide*: ``timestamp, phase, module``, then a column a measure, named as in the output; an empty
@@ -51,8 +51,9 @@ class Oddity(NamedTuple):
 class Chunk(NamedTuple):
     """What a chunk holds of a window.
 
-    unplaced: rows without a time or a series; rows that do have a time only count where it is in the
-    window. unreadable: how many rows have each time whose value could not be read, as times.
+    unplaced: rows without a time or a series, the first of them; those that have a time only where
+    it is in the window. unreadable: the same for rows without a value that can be read. Both with
+    the times of all of them.
     """
 
     parts: list[Part]

@@ -10,7 +10,7 @@ distinct readings, and of one chunk of one file.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -25,7 +25,7 @@ from kvstore.dayfiles.chunk import Chunk, Kinds, Oddity, Window
 from kvstore.dayfiles.exports import Export, Skipped
 from kvstore.dayfiles.grid import DAY_NS, HOUR_NS, Lattice, Settings, binned, filled, lattice
 from kvstore.dayfiles.measures import MEASURES, Level, columns_of, level_of, table_columns
-from kvstore.dayfiles.readings import Ints, Merged, Part, merged
+from kvstore.dayfiles.readings import Flags, Ints, Merged, Part, merged
 from kvstore.dayfiles.tally import SeriesTally
 from kvstore.errors import DayfilesError
 from kvstore.timestamps import NS_PER_S
@@ -62,8 +62,8 @@ class DayReport(NamedTuple):
 
     rows: of the inputs that lie in the day, and distinct readings among them. conflicts: readings
     that lost to another of their identity. unplaced, unreadable: rows; the first ones are named.
-    files: hour to size, by tree. found: extra columns that have readings in the day itself; written:
-    those that its files have.
+    files: hour to size, by tree. found: extra columns that have readings in the day itself;
+    written: those that its files have.
     """
 
     day: int
@@ -190,7 +190,7 @@ class _Intake:
                 self.named.append(f"{name} row {row}: {what}: {told}")
 
 
-def _named_conflicts(readings: Merged, lost: Iterable[bool]) -> list[str]:
+def _named_conflicts(readings: Merged, lost: Flags) -> list[str]:
     codes, times, values = (axis[lost][:_NAMED_MAX] for axis in readings.lost)
     named = []
     for code, time_ns, value in zip(codes.tolist(), times.tolist(), values.tolist(), strict=True):
@@ -220,7 +220,9 @@ def _written(readings: Merged, extra: Extra) -> dict[Level, frozenset[str]]:
     everywhere = Window(NO_TIME + 1, np.iinfo(np.int64).max)
     own = _found(readings, everywhere)
     levels = sorted(own.keys() | extra.keys())
-    return {level: frozenset(extra.get(level, ())) | frozenset(own.get(level, ())) for level in levels}
+    return {
+        level: frozenset(extra.get(level, ())) | frozenset(own.get(level, ())) for level in levels
+    }
 
 
 # ---- writing ----

@@ -118,10 +118,8 @@ def convert(
     """
     settings = settings.checked()
     manifest = Manifest(root)
-    with held(root, alone=shard.count == 1):
-        todo = plan(
-            source, root, settings, manifest.records(), shard=shard, full=full, prune=prune
-        )
+    with held(root, alone=shard.parts == 1):
+        todo = plan(source, root, settings, manifest.records(), shard=shard, full=full, prune=prune)
         made = list(_made(todo, manifest, source, run, progress))
         for day in todo.gone:
             _remove(root, day, manifest)
@@ -164,7 +162,14 @@ def _made(
 def _record(task: Task, report: DayReport, source: Path) -> Record:
     sizes = {export.name: export.size_bytes for export in task.exports}
     marked = fingerprint(task.exports, task.settings)
-    return Record(marked, complete=True, source=str(source.resolve()), settings=task.settings, sizes=sizes, report=report)
+    return Record(
+        marked,
+        complete=True,
+        source=str(source.resolve()),
+        settings=task.settings,
+        sizes=sizes,
+        report=report,
+    )
 
 
 def _remove(root: Path, day: int, manifest: Manifest) -> None:

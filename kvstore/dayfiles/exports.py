@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
@@ -95,10 +94,10 @@ def files_below(folder: Path, *, outside: Path) -> Iterator[tuple[str, str]]:
 
 
 def examined(path: str, name: str) -> Export | Skipped:
-    """What a file is, from its end or beginning; its rows are not read where statistics are there."""
+    """What a file is, by its name, its columns and its statistics, or its times without those."""
+    if not name.lower().endswith(_SUFFIXES):
+        return Skipped(name, "foreign: expected .parquet or .csv")
     try:
-        if not name.lower().endswith(_SUFFIXES):
-            return Skipped(name, "foreign: expected .parquet or .csv")
         found = Path(path).stat()
         if not found.st_size:
             return Skipped(name, "empty")
@@ -108,12 +107,10 @@ def examined(path: str, name: str) -> Export | Skipped:
         return Skipped(name, _reason(error))
     if layout is None:
         return Skipped(
-            name, f"foreign: its columns are neither {', '.join(LONG)} nor {', '.join(WIDE)} and measures"
+            name, f"foreign: expected the columns {', '.join(LONG)}, or {', '.join(WIDE)}"
         )
-    if not rows:
-        return Skipped(name, "empty: no rows")
-    if first == NO_TIME:
-        return Skipped(name, "no row has a time that can be read")
+    if not rows or first == NO_TIME:
+        return Skipped(name, "no row has a time that can be read" if rows else "empty: no rows")
     return Export(path, name, layout, found.st_size, found.st_mtime_ns, rows, first, last)
 
 
@@ -146,10 +143,16 @@ def _parquet_span(path: str) -> _Span:
         layout, metadata = _layout(file.schema_arrow.names), file.metadata
         if layout is None or not metadata.num_rows:
             return layout, metadata.num_rows, NO_TIME, NO_TIME
-        groups = [_group_span(metadata, group, file.schema_arrow) for group in range(metadata.num_row_groups)]
+        groups = [
+            _group_span(metadata, group, file.schema_arrow)
+            for group in range(metadata.num_row_groups)
+        ]
         spans = [span for span in groups if span is not None]
         if len(spans) < len(groups):
-            spans = [_times_span(batch.column(0)) for batch in file.iter_batches(_CHUNK_ROWS, columns=[TIME])]
+            spans = [
+                _times_span(batch.column(0))
+                for batch in file.iter_batches(_CHUNK_ROWS, columns=[TIME])
+            ]
         return layout, metadata.num_rows, *_widest(spans)
 
 
@@ -199,7 +202,10 @@ def _csv_batches(path: str) -> Iterator[Any]:
         names = probe.schema.names
     types = {name: pa.string() for name in names}
     convert = csv.ConvertOptions(
-        column_types=types, strings_can_be_null=True, null_values=[""], quoted_strings_can_be_null=True
+        column_types=types,
+        strings_can_be_null=True,
+        null_values=[""],
+        quoted_strings_can_be_null=True,
     )
     options = csv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK_BYTES)
     with csv.open_csv(path, options, convert_options=convert) as batches:
@@ -239,7 +245,13 @@ def batches_of(export: Export, window: Window) -> Iterator[tuple[int, pa.RecordB
         leaves = [file.schema.column(number) for number in range(len(file.schema))]
     texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
     names = list(LONG) if export.layout == "long" else [n for n in schema.names if n != DROPPED]
-    with pq.ParquetFile(export.path, metadata=metadata, read_dictionary=texts, pre_buffer=False, page_checksum_verification=True) as file:
+    with pq.ParquetFile(
+        export.path,
+        metadata=metadata,
+        read_dictionary=texts,
+        pre_buffer=False,
+        page_checksum_verification=True,
+    ) as file:
         first = 0
         for group in range(metadata.num_row_groups):
             rows = metadata.row_group(group).num_rows
@@ -252,13 +264,17 @@ def _may_hold(span: tuple[int, int] | None, window: Window) -> bool:
     return span is None or (span[0] < window.stop_ns and span[1] >= window.start_ns)
 
 
-def _group_batches(file: pq.ParquetFile, group: int, first: int, names: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+def _group_batches(
+    file: pq.ParquetFile, group: int, first: int, names: Sequence[str]
+) -> Iterator[tuple[int, pa.RecordBatch]]:
     if file.metadata.row_group(group).num_rows <= _CHUNK_ROWS:
         # iter_batches takes memory for whole batches: three times as long for small files
         table = file.read_row_group(group, columns=names, use_threads=False)
         yield from ((first, batch) for batch in table.combine_chunks().to_batches())
         return
-    for batch in file.iter_batches(_CHUNK_ROWS, row_groups=[group], columns=names, use_threads=False):
+    for batch in file.iter_batches(
+        _CHUNK_ROWS, row_groups=[group], columns=names, use_threads=False
+    ):
         yield first, batch
         first += batch.num_rows
 
@@ -270,5 +286,3 @@ def unchanged(export: Export) -> bool:
     except OSError:
         return False
     return (found.st_size, found.st_mtime_ns) == (export.size_bytes, export.modified_ns)
-
-

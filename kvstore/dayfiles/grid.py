@@ -54,8 +54,8 @@ class Settings(NamedTuple):
         """DayfilesError where hours cannot be cut into such bins, or too much would be held."""
         if self.every_ns <= 0 or HOUR_NS % self.every_ns or HOUR_NS // self.every_ns > _BINS_MAX:
             raise DayfilesError(
-                f"bins of {self.every_ns / NS_PER_S:g} s: expected a whole part of an hour, such as "
-                "5s, 10s or 1m, and no less than a millisecond"
+                f"bins of {self.every_ns / NS_PER_S:g} s: expected a whole part of an hour, such "
+                "as 5s, 10s or 1m, and no less than a millisecond"
             )
         if self.hold_ns is not None and not 0 <= self.hold_ns <= _HOLD_NS_MAX:
             raise DayfilesError("hold: expected at most 7 days")
@@ -162,7 +162,7 @@ def _aggregated(merged: Merged, places: Ints) -> tuple[Ints, Ints, Floats]:
 
 
 def _means(values: Floats, first: Flags, count: int) -> Floats:
-    """bincount adds one after the other; numpy's own sums go pairwise from eight on."""
+    """Bincount adds one after the other; numpy's own sums go pairwise from eight on."""
     groups = np.cumsum(first) - 1
     there = ~np.isnan(values)
     if not there.all():
@@ -189,9 +189,7 @@ def filled(bins: Bins, grid: Lattice, settings: Settings) -> Filled:
         _interpolate(bins, settings, values, flags)
     flags[np.isnan(values)] = MISSING
     inner = slice(grid.lead, grid.lead + grid.bins)
-    return Filled(
-        bins.tree, bins.columns, values[:, inner], flags[:, inner], bins.seen[:, inner]
-    )
+    return Filled(bins.tree, bins.columns, values[:, inner], flags[:, inner], bins.seen[:, inner])
 
 
 def _held(bins: Bins, settings: Settings) -> tuple[Floats, Bytes]:

@@ -32,8 +32,8 @@ from kvstore.dayfiles.grid import (
     MISSING,
     OBSERVED,
     Bytes,
-    Filled,
     Fill,
+    Filled,
     Lattice,
     Settings,
 )
@@ -81,7 +81,11 @@ class Facts(NamedTuple):
 
 
 def hours(
-    filled: Filled, grid: Lattice, columns: Sequence[Column], texts: Sequence[str], settings: Settings
+    filled: Filled,
+    grid: Lattice,
+    columns: Sequence[Column],
+    texts: Sequence[str],
+    settings: Settings,
 ) -> Iterator[Hour]:
     """The hours of a tree that have readings or values. columns: all that the files have."""
     per_hour = HOUR_NS // grid.every_ns
@@ -93,14 +97,22 @@ def hours(
         if not touched[cut].any():
             continue
         values, flags = filled.values[:, cut], filled.flags[:, cut]
-        kept = None if not settings.trim else np.flatnonzero((flags != MISSING).any(axis=0))
         start_ns = grid.start_ns + first * grid.every_ns
-        if kept is not None:
+        kept = None
+        if settings.trim:
+            kept = np.flatnonzero((flags != MISSING).any(axis=0))
+            if not len(kept):
+                continue
             values, flags = values[:, kept], flags[:, kept]
         times = _times(start_ns, grid.every_ns, per_hour, kept)
         coverage = _coverage(filled.columns, flags)
         table = _table(times, values, flags, columns, rows, words, settings)
-        yield Hour(filled.tree, start_ns, _described(table, filled.tree, start_ns, coverage, settings), coverage)
+        yield Hour(
+            filled.tree,
+            start_ns,
+            _described(table, filled.tree, start_ns, coverage, settings),
+            coverage,
+        )
 
 
 def _times(start_ns: int, every_ns: int, count: int, kept: Any) -> pa.Array:
@@ -116,7 +128,7 @@ def _coverage(columns: Sequence[Column], flags: Bytes) -> dict[str, Coverage]:
     return {c.name: Coverage(*n) for c, n in zip(columns, counts, strict=True) if any(n)}
 
 
-def _table(
+def _table(  # noqa: PLR0917  # all of a file
     times: pa.Array, values: Floats, flags: Bytes, columns: Sequence[Column],
     rows: dict[str, int], words: pa.Array, settings: Settings,
 ) -> pa.Table:  # fmt: skip

@@ -46,6 +46,7 @@ class Measure(NamedTuple):
     is_open: bool = False
 
 
+# ruff: noqa: E501
 # fmt: off
 MEASURES: Final = (
     #       name                              level     unit  kind          rule    hold    low     high
@@ -65,7 +66,8 @@ MEASURES: Final = (
     Measure("system_derating_discharging_amp", "system", "A", "continuous", "mean", HOLD_S, 0.0,    600.0),
     Measure("system_timing_worst_us",         "system", "µs", "continuous", "mean", HOLD_S, 0.0,    1e6),
     Measure("debug_value",                    "system", "",   "continuous", "mean", HOLD_S, is_open=True),
-)  # fmt: on
+)
+# fmt: on
 _BY_NAME: Final = {measure.name: measure for measure in MEASURES}
 
 # What tags may add to a measure's name, in this order: see series.py.

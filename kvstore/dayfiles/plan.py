@@ -8,7 +8,7 @@ the output, and a day that would lose it is not made again (*blocked*), unless -
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -24,14 +24,14 @@ _THREADS: Final = 2  # hashing goes as fast as the disk, then
 
 
 class Shard(NamedTuple):
-    """The part of the days that this run takes: those whose number leaves ``index`` over."""
+    """The part of the days that this run takes: those whose number leaves ``part`` over."""
 
-    index: int = 0
-    count: int = 1
+    part: int = 0
+    parts: int = 1
 
     def has(self, day: int) -> bool:
         """Whether that day is this run's."""
-        return day % self.count == self.index
+        return day % self.parts == self.part
 
 
 class Plan(NamedTuple):
@@ -79,13 +79,20 @@ def plan(
     own = {day: record for day, record in records.items() if shard.has(day)}
     extra = known_columns(records.values())
     digests = {export.digest for export in exports}
-    tasks, blocked, vanished = [], [], set()
+    tasks, blocked = [], []
+    vanished: set[str] = set()
     for day in sorted(days.keys() | own.keys()):
         record = own.get(day)
-        lost = [] if record is None else [f for f in record.report.inputs if f.digest not in digests]
+        lost = (
+            [] if record is None else [f for f in record.report.inputs if f.digest not in digests]
+        )
         vanished.update(fed.name for fed in lost if fed.rows)
         inputs = days.get(day, [])
-        if record is not None and not full and _is_done(record, inputs, settings, root, lost, prune=prune):
+        if (
+            record is not None
+            and not full
+            and _is_done(record, inputs, settings, root, lost, prune=prune)
+        ):
             continue
         if lost and any(fed.rows for fed in lost) and not (prune or full):
             if inputs:
@@ -110,7 +117,7 @@ def _days(exports: Sequence[Export], settings: Settings, shard: Shard) -> dict[i
         for day in range(first, last + 1):
             if shard.has(day) and export.overlaps(day_lattice(day, settings).window):
                 days.setdefault(day, []).append(export)
-    return {day: found for day, found in days.items()}
+    return days
 
 
 def _hashed(
@@ -136,14 +143,22 @@ def _is_done(
         return True
     # Only less than there was: what is in the output stays, unless it is to be pruned.
     known = {fed.digest for fed in record.report.inputs}
-    return bool(lost) and not prune and settings == record.settings and all(e.digest in known for e in inputs)
+    return (
+        bool(lost)
+        and not prune
+        and settings == record.settings
+        and all(e.digest in known for e in inputs)
+    )
 
 
 def _has_files(record: Record, root: Path) -> bool:
     """Whether the files of a day are all there, and of their sizes."""
     try:
         return all(
-            path_of(root, tree, record.report.day * DAY_NS + int(hour) * DAY_NS // 24).stat().st_size == size
+            path_of(root, tree, record.report.day * DAY_NS + int(hour) * DAY_NS // 24)
+            .stat()
+            .st_size
+            == size
             for tree, sizes in record.report.files.items()
             for hour, size in sizes.items()
         )
@@ -158,5 +173,3 @@ def known_columns(records: Iterable[Record]) -> Extra:
         for level, names in record.report.found.items():
             extra[level] = extra.get(level, frozenset()) | frozenset(names)
     return extra
-
-

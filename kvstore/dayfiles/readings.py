@@ -147,7 +147,7 @@ def _texts(part: Part) -> set[str]:
     return {text for code in used if (text := part.texts[code]) is not None}
 
 
-def _recoded(
+def _recoded(  # noqa: PLR0917  # all lists of the whole
     part: Part, code_of: Mapping[Series, int], times: Ints, numbers: Floats,
     texts: Sequence[str], none: int,
 ) -> tuple[Ints, Ints, Ints]:  # fmt: skip
@@ -160,10 +160,12 @@ def _recoded(
     if is_text.any():
         rank = {text: code for code, text in enumerate(texts)}
         of_texts = np.array([rank.get(t, none) if t is not None else none for t in part.texts])
-        value_codes = np.where(
-            is_text[part.series_codes], of_texts[part.value_codes], value_codes
-        )
-    return series[part.series_codes], np.searchsorted(times, part.times_ns)[part.time_codes], value_codes
+        value_codes = np.where(is_text[part.series_codes], of_texts[part.value_codes], value_codes)
+    return (
+        series[part.series_codes],
+        np.searchsorted(times, part.times_ns)[part.time_codes],
+        value_codes,
+    )
 
 
 def _joined(arrays: Sequence[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:

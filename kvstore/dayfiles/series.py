@@ -125,7 +125,7 @@ def parsed_tags(text: str | None) -> list[tuple[str | None, str | None]]:
     if isinstance(found, dict):
         return [(str(key), _text(value)) for key, value in found.items()]
     if not isinstance(found, list):
-        raise ValueError(text)
+        raise ValueError(text)  # noqa: TRY004  # as json does
     return [_json_pair(pair) for pair in found]
 
 

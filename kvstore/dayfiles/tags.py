@@ -80,7 +80,9 @@ class TagCoder:
 
     def _distinct(self, sums: Ints) -> Coded:
         encoded = pa.array(sums).dictionary_encode()
-        return Coded(encoded.indices.to_numpy(), [*map(self._pairs, encoded.dictionary.to_pylist())])
+        return Coded(
+            encoded.indices.to_numpy(), [*map(self._pairs, encoded.dictionary.to_pylist())]
+        )
 
     def _pairs(self, bits: int) -> Pairs:
         if bits not in self._known:
@@ -130,7 +132,7 @@ class _Lists(NamedTuple):
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
 def _by_position(lists: _Lists) -> Coded:

@@ -5,6 +5,7 @@ Records here travel between processes and into the manifest, as JSON. Pure.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -21,8 +22,8 @@ FLAT_S: Final = 600  # readings that are all equal for this long are a flat line
 class SeriesTally(NamedTuple):
     """A series in a day.
 
-    observed, held, interpolated, missing: bins, of the hours that have a file. flat_runs: stretches of
-    at least FLAT_S in which all readings are equal. first_ns, last_ns: of its readings, 0 where
+    observed, held, interpolated, missing: bins, of the hours that have a file. flat_runs: stretches
+    of at least FLAT_S in which all readings are equal. first_ns, last_ns: of its readings, 0 where
     there are none. gap_ns: the longest time between two of them.
     """
 
@@ -47,7 +48,7 @@ def reading_tallies(merged: Merged, inner: Window) -> dict[str, SeriesTally]:
     outside = _outside(merged, codes, values)
     flat = _flat_runs(codes, times, values, count)
     tallies = {}
-    for code, (first, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for code, (first, stop) in enumerate(itertools.pairwise(bounds)):
         if first == stop:
             continue
         series, own = merged.series[code], times[first:stop]
