@@ -253,7 +253,7 @@ def encoded(table: pa.Table) -> memoryview:
         sink, table.schema, compression="snappy", use_dictionary=texts, sorting_columns=_SORTED
     ) as writer:
         writer.write_table(table)
-    return memoryview(sink.getvalue())
+    return memoryview(sink.getvalue()).cast("B")  # else it equals no bytes above 127
 
 
 def put(path: Path, content: memoryview) -> bool:
