@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from dayexports import SCHEMA, module, plant, save, scatter, seconds, tags
@@ -323,8 +324,7 @@ def test_workers_end_with_a_killed_run(place):
 
 def is_alive(pid):
     try:
-        with open(f"/proc/{pid}/stat", encoding="ascii") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
@@ -495,8 +495,7 @@ def command(*arguments, cwd=None):
     )
 
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SOLUTION = os.path.join(ROOT, "solution.py")
+SOLUTION = Path(__file__).resolve().parent.parent / "solution.py"
 
 
 def test_the_literal_command_converts_a_folder(place, whole):

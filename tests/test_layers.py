@@ -43,6 +43,7 @@ FLOORS = (
     ("plots",),
     ("sockets", "notify", "serve", "metrics"),
     ("dayfiles",),
+    ("hourly", "daystreams"),
     ("telemetry",),
     ("__init__",),
     ("cli",),

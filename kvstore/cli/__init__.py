@@ -63,6 +63,7 @@ app.command(
         "kvstore export run.kv -o run.parquet",
         "kvstore export run.kv -o minute.h5 --start 2026-02-17T15:32 --stop 2026-02-17T15:33",
         "kvstore export run.kv -o spectra.npy --fields spectral --last 10s",
+        "kvstore export lab.kv --stream room --every 5s --layout hourly -o out/",
     )
 )(export.export)
 app.command(

@@ -9,15 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
+import numpy as np
 import typer
 
 from kvstore import libc
+from kvstore import store as stores
 from kvstore.cli.options import Json, duration_ns
 from kvstore.cli.terminal import LOSS, complain, progress_bar, quiet_if_closed, say
+from kvstore.errors import TimeError
 from kvstore.export.extras import needed_for
+from kvstore.timestamps import format_time, to_time
 
 if TYPE_CHECKING:
     from kvstore.dayfiles.etl import Outcome, Progress
+    from kvstore.dayfiles.explain import Explanation
     from kvstore.dayfiles.plan import Shard
 
 _SHOWN_MAX: Final = 10  # of each kind of trouble; --report has all
@@ -60,13 +65,24 @@ Hold = Annotated[
         show_default=False,
     ),
 ]
+WithFlags = Annotated[
+    bool,
+    typer.Option(
+        "--with-flags",
+        help="Add a column NAME_flag each: 0 observed, 1 held, 2 interpolated, 9 missing.",
+    ),
+]
+Trim = Annotated[
+    bool, typer.Option("--trim", help="Leave out bins in which no measure has a value.")
+]
 
 
 @app.command(
     epilog="\b\nExamples:\n"
     "  kvstore dayfiles convert data/ output/\n"
     "  kvstore dayfiles convert data/ output/ --every 10s --fill linear --with-flags\n"
-    "  kvstore dayfiles convert data/ output/ --shard 3/8 --report report.json"
+    "  kvstore dayfiles convert data/ output/ --shard 3/8 --report report.json\n"
+    "  kvstore dayfiles convert data/ output/ --store modules.kv"
 )
 def convert(
     source: Annotated[
@@ -78,16 +94,8 @@ def convert(
     every: Every = "5s",  # type: ignore[assignment]  # typer parses defaults
     fill: Fill = "hold",
     hold: Hold = None,
-    with_flags: Annotated[
-        bool,
-        typer.Option(
-            "--with-flags",
-            help="Add a column NAME_flag each: 0 observed, 1 held, 2 interpolated, 9 missing.",
-        ),
-    ] = False,
-    trim: Annotated[
-        bool, typer.Option("--trim", help="Leave out bins in which no measure has a value.")
-    ] = False,
+    with_flags: WithFlags = False,
+    trim: Trim = False,
     full: Annotated[
         bool, typer.Option("--full", help="Make all days anew, whatever the manifest says.")
     ] = False,
@@ -118,6 +126,13 @@ def convert(
         Path | None,
         typer.Option("--report", metavar="FILE", help="Write all counts to a file, as JSON."),
     ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Put the rows into a store, too, a stream per module, phase, system.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Convert a folder of raw exports to hourly files on a regular grid.
@@ -147,8 +162,99 @@ def convert(
         if as_json:
             print(json.dumps(told, ensure_ascii=False))
     _say_all(told, outcome, part)
-    if not outcome.is_whole:
+    is_stored = store is None or _store(output, outcome, store)
+    if not (outcome.is_whole and is_stored):
         raise typer.Exit(LOSS)
+
+
+def _store(output: Path, outcome: Outcome, path: Path) -> bool:
+    """Put the days into a store; whether it now holds what the files say."""
+    from kvstore import daystreams  # noqa: PLC0415  # loads pyarrow
+    from kvstore.dayfiles.day import day_text  # noqa: PLC0415
+
+    with stores.open_store(path, mode="w", flush_interval_s=None) as store:
+        stored = daystreams.store_days(output, outcome.records, store)
+    say(f"{path}: {stored.days} days, {stored.rows:,} rows appended")
+    _complain_of(
+        f"{path} has other rows of a day that has changed since, and keeps them; "
+        "convert into a new store to have the new ones",
+        [day_text(day) for day in stored.changed],
+    )
+    return not stored.changed
+
+
+def bin_time(text: str) -> str:
+    """A time as it was given, of a day or of the file's own day."""
+    return text if "T" in text or " " in text.strip() or text.count("-") > 1 else f"T{text.strip()}"
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  kvstore dayfiles explain output/1_3/2024/07/29/22.parquet --at 22:10:05 "
+    "--column module_voltage"
+)
+def explain(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="An hour file.")],
+    *,
+    at: Annotated[str, typer.Option("--at", metavar="TIME", help="22:10:05, or with a date; UTC.")],
+    name: Annotated[str, typer.Option("--column", metavar="NAME", help="The column.")],
+    as_json: Json = False,
+) -> None:
+    """Show the input files and rows behind a value.
+
+    Each row with what became of it: used, a duplicate, unreadable, or lost to another value of
+    its time. Exit code 3 says that inputs are gone, or give another value now.
+    """
+    with needed_for("kvstore dayfiles", extra="dayfiles"):
+        from kvstore.dayfiles import explain as explaining  # noqa: PLC0415  # loads pyarrow
+    found = explaining.explain(path, name, _time_ns(path, at))
+    with quiet_if_closed():
+        print(json.dumps(_plain(found), ensure_ascii=False) if as_json else _told(found))
+    if found.absent or found.remade != found.value:
+        complain("the inputs are not what they were when this was made")
+        raise typer.Exit(LOSS)
+
+
+def _time_ns(path: Path, text: str) -> int:
+    """A time, of the day of the file's folders where it names none."""
+    named = bin_time(text)
+    if named.startswith("T"):
+        named = "-".join(path.resolve().parts[-4:-1]) + named
+    try:
+        return int(to_time(named, np.dtype(np.int64), side="start"))
+    except TimeError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _plain(found: Explanation) -> dict[str, Any]:
+    return {
+        **found._asdict(),
+        "column": found.column.name,
+        "unit": found.column.measure.unit,
+        "rule": found.column.measure.rule,
+        "time": _iso(found.time_ns),
+        "sources": [source._asdict() | {"time": _iso(source.time_ns)} for source in found.sources],
+    }
+
+
+def _iso(time_ns: int) -> str:
+    return format_time(time_ns, np.dtype(np.int64))
+
+
+def _told(found: Explanation) -> str:
+    bins = " and ".join(map(_iso, found.bins_ns))
+    unit = found.column.measure.unit.replace("1", "")
+    lines = [
+        f"{found.column.name} at {_iso(found.time_ns)}: {found.value} {unit}".rstrip(),
+        f"{found.state}" + (f", of the readings in the bin at {bins}" if bins else ""),
+    ]
+    if found.sources:
+        lines.append(f"rule: {found.column.measure.rule} of what is used")
+    lines += [
+        f"{source.file} row {source.row}: {_iso(source.time_ns)} {source.text} {source.use}"
+        for source in found.sources
+    ]
+    return "\n".join(lines + [f"gone: {name}" for name in found.absent])
 
 
 class _Far:

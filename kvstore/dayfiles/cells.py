@@ -95,11 +95,11 @@ def _parsed(distinct: pa.Array) -> Floats:
     found = pc.cast(pc.if_else(plain, distinct, None), pa.float64())
     parsed = np.array(found.fill_null(math.nan))
     for row in np.flatnonzero(~plain.to_numpy(zero_copy_only=False)).tolist():
-        parsed[row] = _number(distinct[row].as_py())
+        parsed[row] = number(distinct[row].as_py())
     return parsed
 
 
-def _number(text: str | None) -> float:
+def number(text: str | None) -> float:
     """The number that a text is, or NaN; Python's float() also takes 1_000 and digits of Thai."""
     text = (text or "").strip()
     return float(text) if _NUMBER.fullmatch(text) else math.nan

@@ -98,12 +98,13 @@ def long_chunk(batch: pa.RecordBatch, first_row: int, window: Window, kinds: Kin
     times = cells(batch.column(TIME))
     ns = times_ns(times.distinct)
     names, values = cells(batch.column("payload_type")), cells(batch.column("value"))
-    series, codes = kinds.of_chunk(names, _tag_codes(batch.column("tags"), kinds.tags))
+    series, codes = kinds.of_chunk(names, tag_codes(batch.column("tags"), kinds.tags))
     rows = _Rows(series, codes, ns, times.codes, values, first_row)
     return rows.chunk(window)
 
 
-def _tag_codes(tags: pa.Array, coder: TagCoder) -> Coded:
+def tag_codes(tags: pa.Array, coder: TagCoder) -> Coded:
+    """The tags of a batch in codes, whether they are lists or written out."""
     if not pa.types.is_nested(tags.type):  # written out as text
         written = cells(tags)
         return Coded(written.codes, [_parsed(text) for text in texts(written.distinct)])

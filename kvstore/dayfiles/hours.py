@@ -12,6 +12,7 @@ makes it durable is one sync of the file system a day (``sync``), before the man
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -125,7 +126,8 @@ def _coverage(columns: Sequence[Column], flags: Bytes) -> dict[str, Coverage]:
     counts = np.stack(
         [np.count_nonzero(flags == flag, axis=1) for flag in (OBSERVED, HELD, INTERPOLATED)], axis=1
     ).tolist()
-    return {c.name: Coverage(*n) for c, n in zip(columns, counts, strict=True) if any(n)}
+    counted = sorted(zip([c.name for c in columns], counts, strict=True))
+    return {name: Coverage(*count) for name, count in counted if any(count)}
 
 
 def _table(  # noqa: PLR0917  # all of a file
@@ -189,6 +191,30 @@ def _described(
     return table.replace_schema_metadata({KEY: json.dumps(facts)})
 
 
+def read(path: Path) -> pa.Table:
+    """A file's rows. Without partitioning: pyarrow sees none in years and months, but looks."""
+    return pq.read_table(path, partitioning=None)
+
+
+def read_all(paths: Sequence[Path]) -> pa.Table:
+    """The rows of a tree's files, one after the other."""
+    return pa.concat_tables([read(path) for path in paths])
+
+
+def value_digest(path: Path) -> bytes:
+    """Of a file's values, columns without any left out: these come and go with other days."""
+    digest = hashlib.sha256()
+    table = read(path)
+    for name in table.column_names:
+        column = table.column(name).combine_chunks()
+        if column.null_count < len(column) and not name.endswith(FLAG_SUFFIX):
+            digest.update(name.encode())
+            values = column.to_numpy(zero_copy_only=False)
+            is_text = pa.types.is_string(column.type)
+            digest.update(repr(values.tolist()).encode() if is_text else values.tobytes())
+    return digest.digest()
+
+
 def facts_of(path: Path) -> Facts:
     """What a file's metadata says; its rows are not read."""
     return _facts(pq.read_schema(path).metadata)
@@ -213,7 +239,7 @@ def with_columns(path: Path, columns: Sequence[Column], settings: Settings) -> p
 
     The very table that these columns would have been written as in the first place.
     """
-    found = pq.read_table(path, partitioning=None)
+    found = read(path)
     schema = _schema(tuple(columns), settings)
     arrays = [
         found.column(field.name)

@@ -62,7 +62,7 @@ def series_of(name: str | None, tags: Sequence[tuple[str | None, str | None]]) -
     if len(named) != len(pairs):
         return None  # two phases at once
     tree = tree_of(named.pop("phase", None), named.pop("module", None))
-    return Series(tree, column(_escaped(name) + _suffix(named)))
+    return Series(tree, column(escaped(name) + _suffix(named)))
 
 
 def _is_odd(pair: tuple[str | None, str | None]) -> bool:
@@ -83,9 +83,9 @@ def tree_of(phase: str | None, module: str | None) -> str:
 def _suffix(tags: Mapping[str, str]) -> str:
     """What the tags beside phase and module add to the name."""
     told = {key: value for key, value in tags.items() if _DEFAULTS.get(key) != value}
-    known = [prefix + _escaped(told[key]) for key, prefix in _PREFIXES.items() if key in told]
+    known = [prefix + escaped(told[key]) for key, prefix in _PREFIXES.items() if key in told]
     others = sorted(told.keys() - _PREFIXES.keys())
-    return "".join([*known, *(f".{_escaped(key)}={_escaped(told[key])}" for key in others)])
+    return "".join([*known, *(f".{escaped(key)}={escaped(told[key])}" for key in others)])
 
 
 def _plain(text: str) -> str:
@@ -93,12 +93,13 @@ def _plain(text: str) -> str:
     return str(int(text)) if text.isascii() and text.isdigit() else text
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """A name as it is safe in folders' and columns' names."""
     return _UNSAFE.sub(_hex, text)
 
 
 def _part(text: str) -> str:
-    """As part of a folder's name, in which an underscore stands between phase and module."""
+    """A name as part of a folder's, in which an underscore stands between phase and module."""
     return _UNSAFE_PART.sub(_hex, text)
 
 
@@ -108,7 +109,7 @@ def _hex(found: re.Match[str]) -> str:
 
 def column_of_header(header: str) -> Column:
     """The column that a wide table's column of that name goes to."""
-    return column(_escaped(header.strip()))
+    return column(escaped(header.strip()))
 
 
 def parsed_tags(text: str | None) -> list[tuple[str | None, str | None]]:
