@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 
+from kvstore.dayfiles.arrays import arrow
 from kvstore.dayfiles.cells import NO_TIME, cells, times_ns
 from kvstore.dayfiles.chunk import (
     DROPPED,
@@ -166,7 +168,7 @@ def _group_span(metadata: Any, group: int, schema: pa.Schema) -> tuple[int, int]
     statistics = column.statistics
     if statistics is None or not statistics.has_min_max or statistics.null_count:
         return None
-    first, last = times_ns(pa.array([statistics.min, statistics.max], pa.int64())).tolist()
+    first, last = times_ns(arrow(np.array([statistics.min, statistics.max], np.int64))).tolist()
     return None if NO_TIME in (first, last) else (first, last)
 
 

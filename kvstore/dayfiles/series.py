@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
 from kvstore.dayfiles.measures import Column, column
@@ -53,8 +53,9 @@ class Series(NamedTuple):
         return f"{self.tree}/{self.column.name}"
 
 
-def series_of(name: str | None, tags: Sequence[tuple[str | None, str | None]]) -> Series | None:
+def series_of(name: str | None, tags: Iterable[tuple[str | None, str | None]]) -> Series | None:
     """The series of a measure with these tags; None where they make no sense."""
+    tags = list(tags)
     if not name or len(name) > _NAME_LENGTH_MAX or any(map(_is_odd, tags)):
         return None
     pairs = {(str(key).strip(), _plain(str(value))) for key, value in tags}
