@@ -50,8 +50,10 @@ class TagCoder:
 
     def _sums(self, lists: _Lists) -> Ints | None:
         """Each row's bits, or None where bits cannot tell."""
-        pairs = lists.keys * np.int32(len(lists.words)) + lists.values
-        sums = lists.sums(self._table(lists.words)[pairs])
+        pairs = np.multiply(lists.keys, len(lists.words), dtype=np.intp)
+        pairs += lists.values
+        # Indexing would check each bound, and convert what is not intp.
+        sums = lists.sums(self._table(lists.words).take(pairs, mode="clip"))
         if lists.are(sums):
             return sums
         table = self._learn(lists.words, pairs)
