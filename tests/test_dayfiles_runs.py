@@ -339,9 +339,11 @@ def test_workers_end_with_a_killed_run(place):
     )
     script = place / "run.py"
     script.write_text(code)
-    done = subprocess.run([sys.executable, script], check=False, capture_output=True, text=True)
-    worker = int(done.stdout)
-    deadline = time.monotonic() + 30
+    said = place / "said"  # a pipe would be held open by a worker that lives on
+    with said.open("w") as out:
+        subprocess.run([sys.executable, script], check=False, stdout=out, stderr=out)
+    worker = int(said.read_text())
+    deadline = time.monotonic() + 20
     while is_alive(worker) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not is_alive(worker)
