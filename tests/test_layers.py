@@ -58,7 +58,6 @@ THIRD_PARTY = {
     "codec": {"numcodecs", "lz4", "xxhash", "msgpack"},
     "cli": {"typer", "rich"},
     "plots": {"matplotlib"},
-    "dayfiles": {"pyarrow", "polars"},
     "export": {"pyarrow", "pandas", "h5py", "zarr", "xarray", "torch"},
     "telemetry": {"msgspec", "yaml", "pyarrow", "psycopg", "pyiceberg", "confluent_kafka"},
     "dayfiles": {"polars", "pyarrow", "matplotlib", "dask", "distributed"},
