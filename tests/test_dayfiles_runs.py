@@ -341,12 +341,28 @@ def test_workers_end_with_a_killed_run(place):
     script.write_text(code)
     said = place / "said"  # a pipe would be held open by a worker that lives on
     with said.open("w") as out:
-        subprocess.run([sys.executable, script], check=False, stdout=out, stderr=out)
+        subprocess.run([sys.executable, script], check=False, stdout=out, stderr=subprocess.DEVNULL)
     worker = int(said.read_text())
     deadline = time.monotonic() + 20
     while is_alive(worker) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not is_alive(worker)
+
+
+def dies(task):
+    os._exit(1)
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_advice_and_the_next_completes(
+    place, whole, monkeypatch
+):
+    scatter(place / "in", ROWS)
+    monkeypatch.setattr(etl, "convert_day", dies)
+    with pytest.raises(DayfilesError, match="fewer --workers"):
+        etl.convert(place / "in", place / "out", run=etl.in_processes(2))
+    monkeypatch.undo()
+    etl.convert(place / "in", place / "out")
+    assert contents(place / "out") == whole
 
 
 def is_alive(pid):

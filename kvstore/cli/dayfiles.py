@@ -32,6 +32,9 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Raw telemetry exports to a regular grid: one Parquet file per hour, phase and module.",
+    epilog="\b\nExamples:\n"
+    "  kvstore dayfiles convert data/ output/\n"
+    "  kvstore dayfiles explain --help",
 )
 
 

@@ -14,6 +14,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
@@ -27,6 +28,7 @@ from kvstore.dayfiles.grid import DAY_NS, Settings
 from kvstore.dayfiles.manifest import Manifest, Record, fingerprint, held, last_one
 from kvstore.dayfiles.measures import columns_of, level_of
 from kvstore.dayfiles.plan import Plan, Shard, known_columns, plan
+from kvstore.errors import DayfilesError
 
 Runner: TypeAlias = "Callable[[Sequence[Task]], Iterable[DayReport]]"
 _WHOLE: Final = Shard()
@@ -82,6 +84,11 @@ def in_processes(workers: int) -> Runner:
             try:
                 for done in as_completed([pool.submit(convert_day, task) for task in tasks]):
                     yield done.result()
+            except BrokenProcessPool as error:
+                raise DayfilesError(
+                    "a worker process was killed, perhaps for want of memory: days that are done "
+                    "are kept; run again, with fewer --workers"
+                ) from error
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
