@@ -1,7 +1,8 @@
 """The Linux calls that Python lacks, by ctypes: early write-back, malloc thresholds, pipe sizes.
 
-Each but ``exchange`` is an optimisation or a convenience: where the platform lacks the call, it
-does nothing and the program is only slower. Nothing here is called by ``import kvstore``.
+Each but ``exchange`` and ``sync_filesystem`` is an optimisation or a convenience: where the
+platform lacks the call, it does nothing and the program is only slower. Nothing here is called
+by ``import kvstore``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +29,7 @@ _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; older kernels refuse it
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
+_PR_SET_PDEATHSIG: Final = 1
 _MMAP_BYTES: Final = 32 << 20  # the most that glibc takes for this threshold
 _KEPT_BYTES: Final = 256 << 20  # two groups in flight and their copies in LMDB's dirty pages
 
@@ -137,3 +140,19 @@ def _keep_folios_small(fd: int, begin: int, end: int) -> None:
 def _follow_writes(fd: int, begin: int, size: int, done: threading.Event) -> None:
     while not done.wait(_POLL_S):
         start_writeback(fd, begin, size)
+
+
+def sync_filesystem(folder: Path) -> None:
+    """Put all that was written to the folder's file system on the disk: one call, many files."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        if _libc.syncfs(ctypes.c_int(fd)):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+    finally:
+        os.close(fd)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, however it does."""
+    with suppress(AttributeError):
+        _libc.prctl(ctypes.c_int(_PR_SET_PDEATHSIG), ctypes.c_ulong(signal.SIGKILL))
