@@ -43,7 +43,7 @@ FLOORS = (
     ("plots",),
     ("sockets", "notify", "serve", "metrics"),
     ("dayfiles",),
-    ("hourly", "daystreams"),
+    ("hourly", "daystreams", "dayplots"),
     ("telemetry",),
     ("__init__",),
     ("cli",),
@@ -58,6 +58,7 @@ THIRD_PARTY = {
     "cli": {"typer", "rich"},
     "plots": {"matplotlib"},
     "dayfiles": {"pyarrow", "polars"},
+    "dayplots": {"pyarrow", "matplotlib"},
     "export": {"pyarrow", "pandas", "h5py", "zarr", "xarray", "torch"},
 }
 
