@@ -400,7 +400,8 @@ def _translate(error: lmdb.Error, path: Path, needed_bytes: int) -> StoreError:
     if isinstance(error, lmdb.NotFoundError):
         return StoreFormatError(f"{path}: an LMDB file, but no segment of a store: move it away")
     if isinstance(error, lmdb.CorruptedError | lmdb.InvalidError | lmdb.PageNotFoundError):
-        return StoreFormatError(f"{path}: damaged: {error}; restore it from a backup")
+        remedy = "restore it from a backup, or bring out what is left with kvstore recover"
+        return StoreFormatError(f"{path}: damaged: {error}; {remedy}")
     return StoreError(f"{path}: {_remedy(error, path)}{error}")
 
 

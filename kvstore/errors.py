@@ -11,6 +11,12 @@
     ├── GapError          batches that a follower should get next are no longer in the store
     ├── ListenError       a socket that cannot be listened on, or is in use
     ├── DayfilesError     day files that cannot be made, or a value that cannot be explained
+    ├── TelemetryError    the telemetry pipeline
+    │   ├── ContractError     a contract that is wrong or breaks its past (also a ValueError)
+    │   ├── SourceError       events that cannot be read: gone, recreated, past their retention
+    │   └── SinkError         a sink that cannot be opened, changed or written
+    │       ├── Fenced            somebody else has claimed the place; nothing was kept
+    │       └── CommitUnknown     the reply to a commit was lost: it may or may not be there
     └── StoreError        the store itself
         ├── StoreNotFound     no store at that path (also a FileNotFoundError)
         ├── StoreFormatError  not a store, a truncated segment, or a newer format version
@@ -107,6 +113,30 @@ class ListenError(KvstoreError):
 
 class DayfilesError(KvstoreError):
     """Day files that cannot be made, such as without input, or a value that is not there."""
+
+
+class TelemetryError(KvstoreError):
+    """Something is wrong in the telemetry pipeline."""
+
+
+class ContractError(TelemetryError, ValueError):
+    """A contract that cannot be read, or that breaks what came before it."""
+
+
+class SourceError(TelemetryError):
+    """Events that cannot be read: the source is gone, was recreated, or has dropped them."""
+
+
+class SinkError(TelemetryError):
+    """A sink that cannot be opened, changed or written; what was committed is intact."""
+
+
+class Fenced(SinkError):
+    """Another worker has claimed a place since, or its position has moved; nothing was kept."""
+
+
+class CommitUnknown(SinkError):
+    """The reply to a commit was lost: it may or may not have happened. Settle before going on."""
 
 
 class StoreError(KvstoreError):

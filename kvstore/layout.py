@@ -307,9 +307,13 @@ def write_durably(path: Path, data: bytes) -> None:
     """Replace a file as a whole: after a power cut it is the old or the new one."""
     fresh = path.with_name(path.name + ".tmp")
     with translated(path):
-        with fresh.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.rename(path)
+        try:
+            with fresh.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.rename(path)
+        except OSError:
+            fresh.unlink(missing_ok=True)
+            raise
         sync_folder(path.parent)

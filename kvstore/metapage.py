@@ -23,6 +23,10 @@ TABLE_BYTES: Final = _TABLE.size
 _MAGIC: Final = 0xBEEFC0DE
 _FORMAT_0_9: Final = 1
 _IS_META: Final = 8
+_REMEDY: Final = (
+    "restore it from a backup, bring out what is left with kvstore recover, or move it away to "
+    "use the rest of the store"
+)
 
 
 class Table(NamedTuple):
@@ -85,13 +89,11 @@ def check_file(path: Path) -> None:
     found = [meta for meta in (first, second) if meta]
     if not found:
         raise StoreFormatError(
-            f"{path}: no LMDB 0.9 file ({size} bytes): damaged or foreign; "
-            "restore it from a backup, or move it away to use the rest of the store"
+            f"{path}: no LMDB 0.9 file ({size} bytes): damaged or foreign; {_REMEDY}"
         )
     newest = max(found, key=lambda meta: meta.txn_id)
     needed = (newest.last_page + 1) * newest.page_bytes
     if size < needed:
         raise StoreFormatError(
-            f"{path}: truncated: {size} bytes, expected at least {needed}; "
-            "restore it from a backup, or move it away to use the rest of the store"
+            f"{path}: truncated: {size} bytes, expected at least {needed}; {_REMEDY}"
         )

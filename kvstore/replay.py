@@ -98,7 +98,7 @@ class Replay:
             beyond -= self._late[late_s]
             if beyond < 0:
                 break
-        return Lateness(pieces, self.rows, self._late_s_max, p99_s)
+        return Lateness(pieces, self.rows, self._late_s_max, min(p99_s, self._late_s_max))
 
     def _pieces(self, batch: Batch, first_ns: int) -> Iterator[tuple[float, Batch]]:
         """Parts of a batch, and when each is due after the first row of all."""

@@ -25,7 +25,15 @@ def _figure(**changes):
     return Figure(**{**given, **changes})
 
 
-@pytest.mark.parametrize("measurement", cli.MEASUREMENTS, ids=NAMES)
+def quick_or_slow(measurement):
+    """Processes started for nothing else are a matter of CI."""
+    return pytest.mark.slow if measurement.name in ("startup", "memory") else ()
+
+
+@pytest.mark.parametrize(
+    "measurement",
+    [pytest.param(each, id=each.name, marks=quick_or_slow(each)) for each in cli.MEASUREMENTS],
+)
 def test_every_measurement_gives_finite_figures(measurement, tmp_path):
     figures = measurement.run(Setting(tmp_path, TINY_BYTES, 1, 1))
     assert figures

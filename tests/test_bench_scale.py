@@ -31,8 +31,8 @@ from bench.scale.worker import workers
 from kvstore.stream import Stream
 
 TINY_BYTES = 20_000_000
-# The same code with other data, or run by another test below.
-AGAIN = {"terabyte-one", "readers-uniform", "cores-counts", "cores-uniform"}
+# The same code with other data or segments, or run by another test below.
+AGAIN = {"terabyte-one", "terabyte-many", "readers-uniform", "cores-counts", "cores-uniform"}
 MEASUREMENTS = [
     pytest.param(each, marks=[pytest.mark.slow] if each.name in AGAIN else [], id=each.name)
     for each in run.MEASUREMENTS

@@ -104,6 +104,7 @@ def in_process(monkeypatch, tmp_path):
 
 # ArcticDB, as above.
 @pytest.mark.filterwarnings("ignore:Passing a BlockManager:DeprecationWarning")
+@pytest.mark.slow
 def test_the_whole_comparison_runs(in_process, tmp_path, capsys):
     path = tmp_path / "found.json"
     assert cli.main(["compare", "--tiny", "--dir", str(in_process), "--json", str(path)]) == 0

@@ -8,16 +8,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import subprocess
+import sys
 import time
 from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
 from exports import LIBRARY
-from stores import check_store, quick_first, run
+from stores import ROOT, check_store, quick_first, run
 
 import kvstore
 from kvstore import DiskFull, commit
+from kvstore.follow import Cursor, CursorFile
+from kvstore.packets import encode
 
 VOLUME_BYTES = 16 << 20
 PAGE = 4096
@@ -162,7 +165,7 @@ def test_appending_goes_on_by_itself_once_there_is_room(volume, path, monkeypatc
             durable = len(store["s"])
             check_rows(store, durable)
             assert durable < appended
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while len(store["s"]) < appended:
             assert time.monotonic() < deadline, store._writer._committer.error
             time.sleep(0.02)
@@ -374,3 +377,64 @@ def test_pins_drops_and_settings_on_a_full_disk(volume, path):
         assert store.settings.max_age_s == 3600.0
         assert store["s"].first()["v"][0] == 0
     check_store(path)
+
+
+# ---- beside the store ----
+
+
+def command(*words, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "kvstore", *map(str, words)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+        **options,
+    )
+
+
+def test_a_cursor_that_cannot_be_kept_leaves_the_earlier_one(volume, path):
+    path.mkdir()
+    kept = CursorFile(path / "cursor")
+    kept.note(Cursor("00", "s", 1))
+    kept.save()
+    with ballast(volume, leaving=0):
+        kept.note(Cursor("00", "s", 2))
+        with pytest.raises(DiskFull):
+            kept.save()
+        assert os.listdir(path) == ["cursor"]
+        assert CursorFile(path / "cursor").cursor == Cursor("00", "s", 1)
+    kept.save()
+    assert CursorFile(path / "cursor").cursor == Cursor("00", "s", 2)
+
+
+def test_metrics_that_find_no_room_do_not_keep_from_capturing(volume, path, tmp_path):
+    path.mkdir()
+    packet = b"".join(encode(batch(0, 1000)))
+    words = ["write", tmp_path / "run.kv", "--stream", "s", "--metrics-file", path / "kv.prom"]
+    with ballast(volume, leaving=0):
+        done = command(*words, input=packet)
+        assert done.returncode == 0, done.stderr
+        assert b"kv.prom: metrics not written: [Errno 28]" in done.stderr
+        assert os.listdir(path) == []
+    check_store(tmp_path / "run.kv")
+
+
+def test_metrics_that_can_never_be_written_are_named(tmp_path):
+    metrics = tmp_path / "none" / "kv.prom"
+    done = command("write", tmp_path / "run.kv", "/dev/null", "--metrics-file", metrics)
+    assert done.returncode == 1
+    assert b"none/kv.prom: metrics cannot be written: No such file or directory" in done.stderr
+
+
+def test_a_plot_that_fills_the_disk_leaves_what_was_there(volume, path, tmp_path):
+    pytest.importorskip("matplotlib")
+    with kvstore.open(tmp_path / "run.kv", "w") as store:
+        store.stream("s").append(batch(0, 1000))
+    path.mkdir()
+    (path / "out.png").write_text("before")
+    with ballast(volume, leaving=PAGE):
+        done = command("plot", tmp_path / "run.kv", "-o", path / "out.png")
+        assert done.returncode == 1
+        assert b"No space left on device; nothing there was changed" in done.stderr
+        assert os.listdir(path) == ["out.png"]
+        assert (path / "out.png").read_text() == "before"

@@ -231,7 +231,7 @@ def test_a_kill_around_the_exchange_leaves_one_whole_folder(tmp_path, when, foun
     (out / "mark").write_text("old")
     command = [sys.executable, "-c", KILLED, str(out), when]
     done = subprocess.run(
-        command, check=False, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        command, check=False, timeout=180, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == -9
     assert tree(out) == {"mark": found}
@@ -279,7 +279,7 @@ CODE = "import sys; sys.argv[0] = 'kvstore'; from kvstore.cli import main; main(
 def command(*args, code=CODE, **options):
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code, *map(str, args)],
-        check=False, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options,
+        check=False, timeout=180, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options,
     )  # fmt: skip
 
 

@@ -326,7 +326,7 @@ def test_where_the_disk_takes_no_more_nothing_is_left(tmp_path, suffix):
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(out)],
-        capture_output=True, check=False, text=True, timeout=60, env=environment,
+        capture_output=True, check=False, text=True, timeout=180, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "large" in done.stdout
@@ -354,7 +354,7 @@ def test_a_kill_leaves_the_file_as_it_was(tmp_path, suffix):
     if suffix != "zarr":
         out.write_bytes(b"before")
     code = KILLED.replace("300", "3") if suffix in ("csv", "jsonl") else KILLED  # they are slow
-    done = subprocess.run([sys.executable, "-c", code, str(out)], check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(out)], check=False, timeout=180)
     assert done.returncode == -9
     assert not out.exists() if suffix == "zarr" else out.read_bytes() == b"before"
     assert [name for name in os.listdir(tmp_path) if not name.startswith(".")] == (

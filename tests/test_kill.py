@@ -15,13 +15,13 @@ import time
 
 import numpy as np
 import pytest
-from stores import check_store, run, start
+from stores import SEED, check_store, run, start
 
 import kvstore
 from kvstore.reading import Scan, make_range
 
 QUICK_KILLS = int(os.environ.get("KVSTORE_KILLS", "8"))
-LONG_KILLS = int(os.environ.get("KVSTORE_KILLS", "160"))
+LONG_KILLS = int(os.environ.get("KVSTORE_KILLS", "80"))
 
 CONTENT = """
     import os, sys
@@ -144,7 +144,7 @@ def kill_writers(path, kills, seed):
 
 
 def test_killed_writers_lose_nothing_that_was_durable(path):
-    rows = kill_writers(path, QUICK_KILLS, seed=random.randrange(10**6))
+    rows = kill_writers(path, QUICK_KILLS, seed=SEED)
     assert rows > 0
     kvstore.open(path, "w").close()
 
@@ -153,11 +153,10 @@ def test_killed_writers_lose_nothing_that_was_durable(path):
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_killed_writers_lose_nothing_in_many_kills(path, tmp_path, where):
     folder = path if where == "memory" else tmp_path / "run.kv"
-    seed = random.randrange(10**6)
     per_store = 20
     for number in range(LONG_KILLS // 2 // per_store):
         store = folder.with_name(f"{number}.kv")
-        assert kill_writers(store, per_store, seed + number * 1000) > 0
+        assert kill_writers(store, per_store, SEED + number * 1000) > 0
         kvstore.open(store, "w").close()
         check_store(store)
 
@@ -165,10 +164,10 @@ def test_killed_writers_lose_nothing_in_many_kills(path, tmp_path, where):
 def test_a_reader_lives_through_its_writers(path):
     """One reading handle, kept open while writers come and are killed."""
     kvstore.open(path, "w").close()
-    seed, rows = random.randrange(10**6), 0
+    rows = 0
     with kvstore.open(path) as reader:
         for round_ in range(6):
-            told = killed_writer(path, seed + round_)
+            told = killed_writer(path, SEED + round_)
             if "s" in reader and len(reader["s"]):
                 numbers = [batch["v"] for batch in reader["s"].read(fields=["v"])]
                 found = np.sort(np.concatenate(numbers))
@@ -225,4 +224,4 @@ def test_killed_readers_do_not_disturb_the_writer(path):
 
 @pytest.mark.slow
 def test_many_killed_readers_do_not_disturb_the_writer(path):
-    kill_readers(path, 40)
+    kill_readers(path, 20)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from stores import run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,11 +61,17 @@ THIRD_PARTY = {
     "dayfiles": {"pyarrow", "polars"},
     "dayplots": {"pyarrow", "matplotlib"},
     "export": {"pyarrow", "pandas", "h5py", "zarr", "xarray", "torch"},
+    "telemetry": {"msgspec", "yaml", "pyarrow", "psycopg", "pyiceberg", "confluent_kafka"},
+    "dayfiles": {"polars", "pyarrow", "matplotlib", "dask", "distributed"},
 }
 
 # What `import kvstore` may load, with whatever these load themselves.
 LIGHT = ("numpy", "lmdb", "msgpack", "xxhash", "lz4.block", "numcodecs.blosc")
-HEAVY = {"typer", "rich", "pandas", "pyarrow", "matplotlib", "polars", "h5py", "zarr", "torch"}
+HEAVY = {
+    "typer", "rich", "pydantic",
+    "pandas", "pyarrow", "matplotlib", "polars", "h5py", "zarr", "torch",
+    "msgspec", "yaml", "psycopg", "pyiceberg", "confluent_kafka",
+}  # fmt: skip
 
 UNKNOWN = "not in the table of floors"
 FOREIGN = "not among its third-party modules"
@@ -269,6 +276,18 @@ def test_importing_kvstore_loads_nothing_heavy():
     added, modules = loaded_by_import(ROOT)
     assert added == []
     assert HEAVY.isdisjoint(modules)
+
+
+def test_a_command_loads_nothing_heavy(tmp_path):
+    """typer 0.29 loads pydantic for each: that doubled the start."""
+    code = """
+        import sys, kvstore
+        from kvstore.cli import app
+        kvstore.open(sys.argv[1], "w").close()
+        app(["info", sys.argv[1]], standalone_mode=False)
+        print(*sys.modules)
+    """
+    assert set(run(code, tmp_path / "run.kv").split()) & HEAVY == {"typer"}
 
 
 def test_a_heavy_import_is_found(tmp_path):

@@ -94,7 +94,7 @@ def test_the_watchdog_is_fed_only_while_commits_make_progress(path, systemd, mon
     inner = Active.commit
 
     def held(self, group):
-        gate.wait(30)
+        gate.wait(180)
         inner(self, group)
 
     inputs = Inputs([], "s", "", 1000, False, False, None, 0o660, 1)

@@ -114,7 +114,7 @@ def test_what_was_delivered_survives_a_power_cut(record):
 
 @pytest.mark.slow
 def test_what_was_delivered_survives_many_power_cuts(record):
-    report = checker.check_log(record("nothing"), check_delivered, count=600, seed=2)
+    report = checker.check_log(record("nothing"), check_delivered, count=300, seed=2)
     assert not report.failures, report
 
 

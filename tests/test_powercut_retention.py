@@ -24,7 +24,7 @@ SEGMENT_BYTES = 64 << 10
 APPENDS = 60
 PINNED = (6.0, 9.0)
 DROP_EVERY, KEPT = 12, 16
-STATES = 120
+STATES = 80
 
 
 def batch(number: int) -> dict[str, np.ndarray]:
@@ -119,12 +119,12 @@ def test_drops_and_pins_survive_power_cuts(record):
 
 
 def test_a_drop_that_is_removed_before_it_is_recorded_is_caught(record):
-    assert checker.is_caught(record("order"), check_store, count=STATES // 3, warm_up=warm_up)
+    assert checker.is_caught(record("order"), check_store, count=STATES // 2, warm_up=warm_up)
 
 
 @pytest.mark.slow
 def test_drops_and_pins_survive_many_power_cuts(record):
-    report = checker.check_log(record("nothing"), check_store, count=600, seed=2, warm_up=warm_up)
+    report = checker.check_log(record("nothing"), check_store, count=300, seed=2, warm_up=warm_up)
     assert not report.failures, report
 
 

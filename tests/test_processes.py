@@ -54,7 +54,7 @@ def writing(path, *, batches, first=0, pause_ms=0):
 
 
 def wait_for_rows(stream, rows):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while (found := rows_of(stream)) < rows:
         assert time.monotonic() < deadline, f"{found} of {rows} rows"
     return found
@@ -322,7 +322,7 @@ def test_reading_next_to_a_writer_needs_the_lock_file(path):
         for each in path.rglob("*"):
             each.chmod(0o755 if each.is_dir() else 0o644)
         with start(AS_NOBODY, path, stderr=subprocess.PIPE) as reader:
-            _, errors = reader.communicate(timeout=60)
+            _, errors = reader.communicate(timeout=180)
         assert reader.returncode == 1
         lock_file = re.search(r"write permission for the lock file (\d{8}\.mdb-lock)", errors)
         (path / "segments" / lock_file[1]).chmod(0o666)

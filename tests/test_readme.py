@@ -163,14 +163,7 @@ def path(tmp_path):
 
 @pytest.mark.slow
 def test_the_one_command_sets_up_and_runs_the_main_job(checkout, path):
+    """The other one, which sets up and passes the tests, is what .ci/run runs, word for word."""
     said = bash(marked("quickstart")[0], checkout, PATH=path)
     assert re.search(r"Found [1-9]\d* particles\.\nRead bandwidth ", said)
     assert (checkout / "run.kv" / "store.msgpack").exists()
-
-
-@pytest.mark.slow
-def test_the_one_command_sets_up_and_passes_the_tests(checkout, path):
-    """Of the tests only a few: CI evaluates this very block with all of them."""
-    few = "-p no:cacheprovider -k test_timestamps"
-    said = bash(marked("test-command")[0], checkout, PATH=path, PYTEST_ADDOPTS=few)
-    assert re.search(r"\d+ passed", said)

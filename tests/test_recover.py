@@ -301,12 +301,12 @@ def flips(path, count):
 
 
 def test_flips_anywhere_lose_little_and_nothing_silently(path):
-    flips(path, 60)
+    flips(path, 40)
 
 
 @pytest.mark.slow
 def test_many_flips_anywhere(path):
-    flips(path, 1000)
+    flips(path, 400)
 
 
 def test_nothing_is_overwritten_and_a_writer_is_waited_for(path, tmp_path):
@@ -393,7 +393,7 @@ def test_definitions_of_another_store_do_not_get_in_the_way(path):
     assert (report.rows, report.losses) == (BATCHES * (ROWS + 1), ())
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(15, marks=pytest.mark.slow)])
 def test_a_killed_recovery_leaves_no_store_and_can_be_run_again(path, kills):
     target = path.with_name("new.kv")
     code = """

@@ -112,6 +112,13 @@ def test_waits_that_overrun_and_slow_receivers_do_not_add_up(store):
     assert late.p99_s == pytest.approx(0.005, rel=0.06)
 
 
+def test_what_is_rounded_is_never_later_than_the_latest(store):
+    """127.39 ms at most beside 130 ms for 99 of 100 would make no sense."""
+    stream = write(store, T0 + np.arange(100) * 0.02)
+    _, late = replayed(stream, Clock(oversleep_s=0.012739))
+    assert late.p99_s == late.max_s == pytest.approx(0.012739, abs=1e-6)
+
+
 def test_after_a_long_pause_of_the_receiver_it_catches_up(store):
     stream = write(store, T0 + np.arange(10) * 0.1)
     clock, seen = Clock(), []
@@ -288,7 +295,7 @@ def test_a_signal_ends_a_long_wait_with_exit_0(path, number):
     ) as child:
         child.stdout.read(4)
         child.send_signal(number)
-        _, err = child.communicate(timeout=60)
+        _, err = child.communicate(timeout=180)
     assert child.returncode == 0
     assert err.startswith(b"Replayed 1 packets (1 rows)")
     assert b"late by at most" in err

@@ -266,11 +266,12 @@ def test_space_is_left_though_a_reader_holds_what_was_dropped(path, monkeypatch)
 def test_old_segments_go_even_when_no_rows_come(path):
     with kvstore.open(path, "w", settings=Settings(max_age_s=0.8)) as store:
         put(store, range(3))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while len(store["s"]):  # sealed at an eighth of the age, gone a while later
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert dropped_rows(store) == 3 * ROWS
+        store.set(max_age_s=3600.0)  # else a machine that stands still drops this, too
         put(store, [3])
         assert numbers_in(store) == [3]
 
@@ -280,7 +281,7 @@ def test_data_time_does_not_matter_for_age(path):
     with kvstore.open(path, "w", settings=Settings(max_age_s=0.5)) as store:
         store.stream("s").append({**content(1), "time": np.full(ROWS, 9e9)})
         store.flush()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while len(store["s"]):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -419,7 +420,7 @@ def test_a_reader_that_slept_through_drops_behind_a_pin_finds_the_new_rows(path)
         store.pin(0.0, 0.5, "first")
         put(store, range(6))
         assert store.drop(5.0)["segments"] > 0
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while 2 in Layout(path).numbers():
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -466,14 +467,14 @@ def test_a_store_that_nobody_has_any_more_closes_while_files_are_removed(path, m
 
     def wait(self, numbers):
         removing.set()
-        assert may_go_on.wait(30)
+        assert may_go_on.wait(180)
         remove(self, numbers)
 
     store = kvstore.open(path, "w", **TINY)
     put(store, range(5))
     monkeypatch.setattr(Layout, "remove", wait)
     store.drop(4.0)
-    assert removing.wait(30)
+    assert removing.wait(180)
     ended = weakref.finalize(store, lambda: None)
     threading.Timer(0.2, may_go_on.set).start()
     del store
@@ -628,7 +629,7 @@ def test_killed_in_the_middle_of_drops_and_pins(path):
 
 @pytest.mark.slow
 def test_killed_often_in_the_middle_of_drops_and_pins(path):
-    kill_operators(path, 60)
+    kill_operators(path, 25)
 
 
 # ---- asked by other processes ----
@@ -757,7 +758,7 @@ def test_what_is_no_file_is_no_request(path, make):
         (path / "requests").mkdir()
         make(path / "requests" / "1.request")
         posted = requests.post(Layout(path), "set", {"max_age_s": 7.0})
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not (answer := requests.claim(posted)):
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -788,7 +789,7 @@ def test_bad_settings_make_no_store(path):
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "kvstore", *map(str, arguments)],
-        capture_output=True, text=True, check=False, cwd=ROOT, timeout=60,
+        capture_output=True, text=True, check=False, cwd=ROOT, timeout=180,
     )  # fmt: skip
 
 

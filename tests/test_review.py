@@ -136,7 +136,7 @@ def test_append_in_a_forked_child_raises_although_the_lock_was_held(path):
 def test_many_streams_wait_for_room_together(path, monkeypatch):
     monkeypatch.setattr(commit, "QUEUE_BYTES_MAX", 1 << 20)
     held = threading.Event()
-    monkeypatch.setattr(active.Active, "commit", lambda *_: held.wait(30))
+    monkeypatch.setattr(active.Active, "commit", lambda *_: held.wait(180))
     store = kvstore.open(path, "w", flush_interval_s=0.01)
     streams = [store.stream(f"s{k}") for k in range(40)]
     accepted = []
@@ -234,8 +234,8 @@ def test_input_that_a_signal_cut_short_exits_3(path, tmp_path, kind):
         pipe.write(packets + packets[: len(packets) // 2])
         pipe.flush()
         child.send_signal(signal.SIGTERM)
-        _, talk = child.communicate(timeout=60) if kind == "file" else (None, child.stderr.read())
-    assert child.wait(60) == 3, talk
+        _, talk = child.communicate(timeout=180) if kind == "file" else (None, child.stderr.read())
+    assert child.wait(180) == 3, talk
     assert b"not read to its end" in talk or b"unfinished packet" in talk
     child.stderr.close()
     assert len(values(path)) == 2_000_000

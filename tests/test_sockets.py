@@ -155,7 +155,7 @@ def with_socket_3(passed, path):
         env={**os.environ, "LISTEN_FDS": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=True,
     )  # fmt: skip
     return done.stdout

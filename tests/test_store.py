@@ -366,7 +366,7 @@ def test_marks_and_rows_of_an_append_are_one_commit(path, monkeypatch, rows_each
 
 def eventually(condition):
     """Waits for at most a generous time."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)

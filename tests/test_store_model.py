@@ -373,11 +373,11 @@ COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
 def test_store_behaves_like_the_model():
-    quick = settings(max_examples=35, stateful_step_count=25, **COMMON)
+    quick = settings(max_examples=25, stateful_step_count=25, **COMMON)
     run_state_machine_as_test(StoreMachine, settings=quick)
 
 
 @pytest.mark.slow
 def test_store_behaves_like_the_model_for_long():
-    long = settings(max_examples=200, stateful_step_count=50, **COMMON)
+    long = settings(max_examples=120, stateful_step_count=50, **COMMON)
     run_state_machine_as_test(StoreMachine, settings=long)

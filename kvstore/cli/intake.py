@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -219,11 +220,17 @@ class Capture:
 
     @contextmanager
     def metrics_in(self, path: Path | None) -> Iterator[None]:
-        """Keep a file of figures up to date; OSError where it can't be written at the start."""
+        """Keep a file of figures up to date; KvstoreError where it can't be made at the start."""
         if path is None:
             yield
             return
-        self._write_metrics(path)
+        try:
+            self._write_metrics(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # capturing may make room
+                reason = error.strerror or error
+                raise KvstoreError(f"{path}: metrics cannot be written: {reason}") from error
+            self._complain_of_metrics(path, error)
         with every(metrics.INTERVAL_S, lambda: self._try_metrics(path)):
             yield
 
@@ -231,7 +238,10 @@ class Capture:
         try:
             self._write_metrics(path)
         except (KvstoreError, OSError) as error:  # a report is no reason to stop capturing
-            self.log.complain("metrics_failed", f"{path}: metrics not written: {error}")
+            self._complain_of_metrics(path, error)
+
+    def _complain_of_metrics(self, path: Path, error: Exception) -> None:
+        self.log.complain("metrics_failed", f"{path}: metrics not written: {error}")
 
     def _write_metrics(self, path: Path) -> None:
         found = metrics.families_of(self.store, self.progress)

@@ -123,7 +123,9 @@ def _show_tables(found: dict[str, Any], rates: dict[str, Array]) -> None:
         rate = ["rate", _sparkline(rates[stream["name"]], sparks)]
         show([*_about_stream(stream), rate], f"Stream {stream['name']}")
         fields = [_described(field) for field in stream["fields"]]
-        show(fields, header=("field", "dtype", "shape", "unit", "description"))
+        header = ("field", "dtype", "shape", "unit", "description")
+        said = [n for n, name in enumerate(header) if name == "field" or any(f[n] for f in fields)]
+        show([[field[n] for n in said] for field in fields], header=[header[n] for n in said])
 
 
 def _sparkline(rates: Array, sparks: str) -> str:

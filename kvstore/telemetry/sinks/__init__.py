@@ -1,0 +1,1 @@
+"""Where readings go: a kvstore stream, PostgreSQL (TimescaleDB), Iceberg. One module each."""
