@@ -102,7 +102,8 @@ def spread(draw, rows, folder):
         save(folder / f"{number}.{suffix}", draw(st.permutations(own)))
 
 
-@settings(max_examples=60, deadline=None, phases=[Phase.generate])
+# Not shrunk: that takes an hour, and the rows of an example are few.
+@settings(max_examples=35, deadline=None, phases=[Phase.generate])
 @given(st.data())
 def test_every_cell_is_that_of_the_reference(data):
     rows = data.draw(some_rows())
@@ -122,8 +123,8 @@ def test_every_cell_is_that_of_the_reference(data):
 
 
 def test_a_plant_of_three_days_is_that_of_the_reference(tmp_path):
-    rows = plant(seconds("2024-02-28T22:00:00"), seconds("2024-03-01T01:00:00"), phases=2)
-    rows = [row for row in rows if row[0] % 86400 < 7000 or row[0] % 86400 > 79000]
+    rows = plant(seconds("2024-02-28T22:00:00"), seconds("2024-03-01T01:00:00"))
+    rows = [row for row in rows if row[0] % 86400 < 4000 or row[0] % 86400 > 82000]
     scatter(tmp_path / "in", rows, files=9)
     outcome = etl.convert(tmp_path / "in", tmp_path / "out", Settings(with_flags=True))
     check(tmp_path / "out", dayreference.convert(rows))

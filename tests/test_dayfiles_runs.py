@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import pytest
 from dayexports import SCHEMA, module, plant, save, scatter, seconds, tags
 from stores import scratch
 
+from kvstore import cli, libc
 from kvstore.dayfiles import day as days
 from kvstore.dayfiles import etl, hours, manifest
 from kvstore.dayfiles.grid import Settings
@@ -290,6 +292,29 @@ def test_a_rebuild_that_was_killed_is_not_taken_for_done(place, whole, monkeypat
     assert contents(place / "out") == whole
 
 
+def test_a_day_is_synced_before_the_manifest_says_so(place, monkeypatch):
+    """And marked as doubtful before a file of it changes."""
+    said = []
+    sync, write, put = libc.sync_filesystem, manifest.write_durably, hours.put
+    monkeypatch.setattr(libc, "sync_filesystem", lambda folder: (said.append("sync"), sync(folder)))
+    monkeypatch.setattr(hours, "put", lambda *given: (said.append("put"), put(*given))[1])
+
+    def writes(path, data):
+        said.append(f"record {json.loads(data)['complete']}")
+        write(path, data)
+
+    monkeypatch.setattr(manifest, "write_durably", writes)
+    one_day = [row for row in ROWS if row[0] < NIGHT + 1000]
+    save(place / "in" / "a.parquet", one_day)
+    etl.convert(place / "in", place / "out")
+    made = [what for what, _ in itertools.groupby(said)]
+    assert made == ["put", "sync", "record True"]
+    said.clear()
+    save(place / "in" / "b.parquet", [(NIGHT, "module_current", "-9", module(1, 1))])
+    etl.convert(place / "in", place / "out")
+    assert [what for what, _ in itertools.groupby(said)] == ["record False", *made]
+
+
 def test_what_killed_runs_left_is_removed(place, whole):
     scatter(place / "in", ROWS)
     folder = place / "out" / "1_1" / "2024" / "02" / "29"
@@ -522,11 +547,16 @@ def test_the_literal_command_converts_a_folder(place, whole):
         (["in", "out", "--hold", "8d"], 1, "at most 7 days"),
     ],
 )
-def test_wrong_usage_says_what_to_do(place, options, code, said):
+def test_wrong_usage_says_what_to_do(  # noqa: PLR0917  # fixtures and a case
+    place, monkeypatch, capsys, options, code, said
+):
     save(place / "in" / "a.parquet", ROWS[:10])
-    done = command("-m", "kvstore", "dayfiles", "convert", *options, cwd=place)
-    assert done.returncode == code
-    assert said in done.stderr.replace("\n", " ")
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("sys.argv", ["kvstore", "dayfiles", "convert", *options])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    assert said in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_the_schema_of_exports_is_that_of_the_real_ones():

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kvstore.dayfiles.arrays import filled, plain, truths
 from kvstore.dayfiles.readings import Codes, Floats, Ints
 from kvstore.errors import TimeError
 from kvstore.timestamps import MAX_NS, NS_PER_S, to_time
@@ -38,34 +39,28 @@ def cells(column: pa.Array) -> Cells:
     """Any column of a batch; the file's own dictionary is used where it came as one."""
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
-    codes, distinct = column.indices, column.dictionary
-    if codes.null_count:
-        codes = codes.fill_null(len(distinct))
+    codes, distinct = filled(column.indices, len(column.dictionary)), column.dictionary
+    if column.indices.null_count:
         distinct = pa.concat_arrays([distinct, pa.nulls(1, distinct.type)])
-    return Cells(codes.to_numpy(), distinct)
+    return Cells(codes, distinct)
 
 
 def times_ns(distinct: pa.Array) -> Ints:
     """Nanoseconds since 1970 of distinct times; NO_TIME where there is none, or none that fits."""
     kind = distinct.type
     if pa.types.is_integer(kind):
-        seconds = _filled(distinct, pa.int64(), NO_TIME)
+        seconds = filled(distinct.cast(pa.int64(), safe=False), NO_TIME)
         bound = _NS_MAX // NS_PER_S
         fits = (seconds >= -bound) & (seconds <= bound)
         return np.where(fits, np.where(fits, seconds, 0) * NS_PER_S, NO_TIME)
     if pa.types.is_timestamp(kind):
-        counts = _filled(distinct, pa.int64(), NO_TIME)
+        counts = filled(distinct.cast(pa.int64(), safe=False), NO_TIME)
         unit = {"s": NS_PER_S, "ms": 10**6, "us": 10**3, "ns": 1}[kind.unit]
         fits = (counts >= -(_NS_MAX // unit)) & (counts <= _NS_MAX // unit)
         return np.where(fits, np.where(fits, counts, 0) * unit, NO_TIME)
     if pa.types.is_floating(kind) or _is_text(kind):
         return np.array([_time_ns(cell) for cell in distinct.to_pylist()], np.int64)
     return np.full(len(distinct), NO_TIME)
-
-
-def _filled(distinct: pa.Array, kind: pa.DataType, fill: int) -> Ints:
-    filled: Ints = distinct.cast(kind, safe=False).fill_null(fill).to_numpy(zero_copy_only=False)
-    return filled
 
 
 def _time_ns(cell: float | str | None) -> int:
@@ -81,8 +76,8 @@ def numbers(distinct: pa.Array) -> Floats:
     if _is_text(distinct.type):
         found = _parsed(distinct)
     elif pa.types.is_boolean(distinct.type) or _is_number(distinct.type):
-        whole = distinct.cast(pa.float64(), safe=False)
-        found = whole.to_numpy(zero_copy_only=False).astype(np.float64)
+        found = plain(distinct.cast(pa.float64(), safe=False)).copy()
+        found[truths(distinct.is_null())] = np.nan
     else:
         found = np.full(len(distinct), np.nan)
     found[~np.isfinite(found)] = np.nan
@@ -91,10 +86,11 @@ def numbers(distinct: pa.Array) -> Floats:
 
 def _parsed(distinct: pa.Array) -> Floats:
     """All that are plainly numbers at once; the rest, such as system states, one by one."""
-    plain = pc.fill_null(pc.match_substring_regex(distinct, _PLAIN), False)
-    found = pc.cast(pc.if_else(plain, distinct, None), pa.float64())
-    parsed = np.array(found.fill_null(math.nan))
-    for row in np.flatnonzero(~plain.to_numpy(zero_copy_only=False)).tolist():
+    matches = pc.match_substring_regex(distinct, _PLAIN)
+    is_plain = truths(matches)
+    parsed = np.full(len(distinct), np.nan)
+    parsed[is_plain] = plain(distinct.filter(matches).cast(pa.float64()))
+    for row in np.flatnonzero(~is_plain).tolist():
         parsed[row] = number(distinct[row].as_py())
     return parsed
 

@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from kvstore.dayfiles.arrays import arrow, truths
 from kvstore.dayfiles.cells import NO_TIME, Cells, cells, numbers, texts, times_ns
 from kvstore.dayfiles.measures import text_column
 from kvstore.dayfiles.readings import Codes, Flags, Floats, Ints, Part, distinct
@@ -113,7 +114,7 @@ def tag_codes(tags: pa.Array, coder: TagCoder) -> Coded:
 
 def _parsed(text: str | None) -> Pairs | None:
     try:
-        return tuple(parsed_tags(text))
+        return frozenset(parsed_tags(text))
     except ValueError:
         return None
 
@@ -130,8 +131,8 @@ def wide_chunk(batch: pa.RecordBatch, first_row: int, window: Window) -> Chunk:
         if name in WIDE or name == DROPPED:
             continue
         column, target = batch.column(name), column_of_header(name)
-        filled = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
-        values = cells(column.take(pa.array(filled)))
+        filled = np.flatnonzero(truths(column.is_valid()))
+        values = cells(column.take(arrow(filled)))
         series = [None if tree is None else Series(tree, target) for tree in trees]
         rows = _Rows(series, pairs[filled], ns, times.codes[filled], values, first_row, filled)
         chunks.append(rows.chunk(window))
@@ -178,9 +179,15 @@ class _Rows(NamedTuple):
         known = np.array([one is not None for one in self.series], np.bool_)
         timed = window.holds(self.times_ns)
         unplaced = self._unplaced(known, timed)
-        unreadable = self._unreadable(known, timed, floats, words)
+        s, t, v, rows = self._distinct(known, timed)
+        odd = self._odd_values(floats, words)
+        unreadable = np.empty(0, np.int64)
+        if odd(s, v).any():  # seldom: so rows are looked through only then
+            all_rows = odd(self.codes, self.values.codes)
+            unreadable = np.flatnonzero(all_rows & timed[self.time_codes] & known[self.codes])
+        part = self._part(s, t, v, rows, floats, words)
         return Chunk(
-            [self._part(known, timed, floats, words)],
+            [part],
             self._named(unplaced, lambda row: "no time" if self._ns(row) == NO_TIME else "tags"),
             self._named(unreadable, lambda row: self._described(row, words)),
             self._times(unplaced),
@@ -194,32 +201,32 @@ class _Rows(NamedTuple):
         lost = timeless[self.time_codes] | (~known[self.codes] & timed[self.time_codes])
         return np.flatnonzero(lost)
 
-    def _unreadable(
-        self, known: Flags, timed: Flags, floats: Floats, words: Sequence[str | None]
-    ) -> Ints:
-        """Rows in the window whose value is none: no value, or no number where one is due."""
+    def _odd_values(
+        self, floats: Floats, words: Sequence[str | None]
+    ) -> Callable[[Codes, Codes], Flags]:
+        """Tells, of series and values, which have no value: none, or no number where one is due."""
         none = np.array([word is None for word in words], np.bool_)
-        if not (np.isnan(floats) | none).any():
-            return np.empty(0, np.int64)
+        no_number = np.isnan(floats)
         strict = np.array([
             one is not None
             and not (one.column.measure.is_text or one.column.measure.is_open)
             for one in self.series
         ], np.bool_)  # fmt: skip
-        codes = self.values.codes
-        odd = none[codes] | (np.isnan(floats)[codes] & strict[self.codes])
-        return np.flatnonzero(odd & timed[self.time_codes] & known[self.codes])
+        return lambda s, v: none[v] | (no_number[v] & strict[s])
 
-    def _part(
-        self, known: Flags, timed: Flags, floats: Floats, words: Sequence[str | None]
-    ) -> Part:
+    def _distinct(self, known: Flags, timed: Flags) -> tuple[Ints, Ints, Ints, Ints]:
+        """The readings, each once, and how many rows have each of the times."""
         codes, time_codes, values = self.codes, self.time_codes, self.values.codes
         if not (known.all() and timed.all()):
             kept = known[codes] & timed[time_codes]
             codes, time_codes, values = codes[kept], time_codes[kept], values[kept]
         rows = np.bincount(time_codes, minlength=len(self.times_ns))
-        sizes = max(1, len(self.times_ns)), max(1, len(floats))
-        s, t, v = distinct(codes, time_codes, values, sizes)
+        sizes = max(1, len(self.times_ns)), max(1, len(self.values.distinct))
+        return *distinct(codes, time_codes, values, sizes), rows
+
+    def _part(  # noqa: PLR0917  # what a part has
+        self, s: Ints, t: Ints, v: Ints, rows: Ints, floats: Floats, words: Sequence[str | None]
+    ) -> Part:
         used = np.flatnonzero(np.bincount(s, minlength=len(self.series)))
         dense = np.zeros(len(self.series) + 1, np.int64)
         dense[used] = np.arange(len(used))

@@ -14,12 +14,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 
+from kvstore.dayfiles.arrays import arrow
 from kvstore.dayfiles.cells import NO_TIME, cells, times_ns
 from kvstore.dayfiles.chunk import (
     DROPPED,
@@ -45,8 +47,8 @@ Layout = Literal["long", "wide"]
 class Export(NamedTuple):
     """An export file as it was found.
 
-    name: its path below the input folder. first_ns, last_ns: of its rows' times. digest: of its
-    content, empty until it was asked for.
+    name: its path below the input folder. first_ns, last_ns: of its rows' times. texts: columns of
+    texts, by their paths in Parquet. digest: of its content, empty until it was asked for.
     """
 
     path: str
@@ -57,6 +59,7 @@ class Export(NamedTuple):
     rows: int
     first_ns: int
     last_ns: int
+    texts: tuple[str, ...]
     digest: str = ""
 
     def overlaps(self, window: Window) -> bool:
@@ -102,7 +105,7 @@ def examined(path: str, name: str) -> Export | Skipped:
         if not found.st_size:
             return Skipped(name, "empty")
         is_csv = name.lower().endswith(".csv")
-        layout, rows, first, last = _csv_span(path) if is_csv else _parquet_span(path)
+        layout, rows, first, last, *texts = _csv_span(path) if is_csv else _parquet_span(path)
     except _BATCH_ERRORS as error:
         return Skipped(name, _reason(error))
     if layout is None:
@@ -111,7 +114,9 @@ def examined(path: str, name: str) -> Export | Skipped:
         )
     if not rows or first == NO_TIME:
         return Skipped(name, "no row has a time that can be read" if rows else "empty: no rows")
-    return Export(path, name, layout, found.st_size, found.st_mtime_ns, rows, first, last)
+    return Export(
+        path, name, layout, found.st_size, found.st_mtime_ns, rows, first, last, tuple(texts)
+    )
 
 
 def hashed(export: Export) -> Export | Skipped:
@@ -135,7 +140,7 @@ def _layout(names: Sequence[str]) -> Layout | None:
     return "wide" if is_wide and "payload_type" not in names else None
 
 
-_Span = tuple[Layout | None, int, int, int]
+_Span: TypeAlias = tuple[Layout | None, int, int, int, *tuple[str, ...]]
 
 
 def _parquet_span(path: str) -> _Span:
@@ -153,7 +158,9 @@ def _parquet_span(path: str) -> _Span:
                 _times_span(batch.column(0))
                 for batch in file.iter_batches(_CHUNK_ROWS, columns=[TIME])
             ]
-        return layout, metadata.num_rows, *_widest(spans)
+        leaves = [file.schema.column(number) for number in range(len(file.schema))]
+        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        return layout, metadata.num_rows, *_widest(spans), *texts
 
 
 def _group_span(metadata: Any, group: int, schema: pa.Schema) -> tuple[int, int] | None:
@@ -166,7 +173,7 @@ def _group_span(metadata: Any, group: int, schema: pa.Schema) -> tuple[int, int]
     statistics = column.statistics
     if statistics is None or not statistics.has_min_max or statistics.null_count:
         return None
-    first, last = times_ns(pa.array([statistics.min, statistics.max], pa.int64())).tolist()
+    first, last = times_ns(arrow(np.array([statistics.min, statistics.max], np.int64))).tolist()
     return None if NO_TIME in (first, last) else (first, last)
 
 
@@ -240,18 +247,11 @@ def batches_of(export: Export, window: Window) -> Iterator[tuple[int, pa.RecordB
                 yield first, batch
                 first += batch.num_rows
         return
-    with pq.ParquetFile(export.path) as file:
+    options = {"read_dictionary": export.texts, "page_checksum_verification": True}
+    with pq.ParquetFile(export.path, pre_buffer=False, **options) as file:
         metadata, schema = file.metadata, file.schema_arrow
-        leaves = [file.schema.column(number) for number in range(len(file.schema))]
-    texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-    names = list(LONG) if export.layout == "long" else [n for n in schema.names if n != DROPPED]
-    with pq.ParquetFile(
-        export.path,
-        metadata=metadata,
-        read_dictionary=texts,
-        pre_buffer=False,
-        page_checksum_verification=True,
-    ) as file:
+        is_long = export.layout == "long"
+        names = list(LONG) if is_long else [n for n in schema.names if n != DROPPED]
         first = 0
         for group in range(metadata.num_row_groups):
             rows = metadata.row_group(group).num_rows

@@ -19,13 +19,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from kvstore.dayfiles.arrays import arrow, arrow_texts, arrow_with_nulls
 from kvstore.dayfiles.grid import (
     HELD,
     HOUR_NS,
@@ -90,65 +91,62 @@ def hours(
 ) -> Iterator[Hour]:
     """The hours of a tree that have readings or values. columns: all that the files have."""
     per_hour = HOUR_NS // grid.every_ns
-    touched = (filled.seen | (filled.flags != MISSING)).any(axis=0)
-    rows = {column.name: row for row, column in enumerate(filled.columns)}
-    words = pa.array(texts, pa.string())
-    for first in range(0, grid.bins, per_hour):
-        cut = slice(first, first + per_hour)
-        if not touched[cut].any():
-            continue
-        values, flags = filled.values[:, cut], filled.flags[:, cut]
-        start_ns = grid.start_ns + first * grid.every_ns
-        kept = None
+    touched = (filled.seen | (filled.flags != MISSING)).any(axis=0).reshape(-1, per_hour)
+    covered = (filled.flags != MISSING).any(axis=0).reshape(-1, per_hour)
+    whole = _table(filled, grid, columns, texts, settings)
+    counts = _counts(filled.flags, per_hour)
+    for number in np.flatnonzero(touched.any(axis=1)).tolist():
+        table = whole.slice(number * per_hour, per_hour)
         if settings.trim:
-            kept = np.flatnonzero((flags != MISSING).any(axis=0))
-            if not len(kept):
-                continue
-            values, flags = values[:, kept], flags[:, kept]
-        times = _times(start_ns, grid.every_ns, per_hour, kept)
-        coverage = _coverage(filled.columns, flags)
-        table = _table(times, values, flags, columns, rows, words, settings)
-        yield Hour(
-            filled.tree,
-            start_ns,
-            _described(table, filled.tree, start_ns, coverage, settings),
-            coverage,
-        )
+            table = table.take(arrow(np.flatnonzero(covered[number])))
+        if table.num_rows:
+            start_ns = grid.start_ns + number * HOUR_NS
+            coverage = _coverage(filled.columns, counts[:, :, number])
+            described = _described(table, filled.tree, start_ns, coverage, settings)
+            yield Hour(filled.tree, start_ns, described, coverage)
 
 
-def _times(start_ns: int, every_ns: int, count: int, kept: Any) -> pa.Array:
-    every_us = every_ns // 1000
-    times = start_ns // 1000 + np.arange(count) * every_us
-    return pa.array(times if kept is None else times[kept]).view(_TIME_TYPE)
+def _counts(flags: Bytes, per_hour: int) -> npt.NDArray[np.int64]:
+    """How many bins are observed, held and interpolated: by flag, column and hour."""
+    by_hour = flags.reshape(len(flags), -1, per_hour)
+    kinds = (OBSERVED, HELD, INTERPOLATED)
+    return np.stack([np.count_nonzero(by_hour == kind, axis=2) for kind in kinds])
 
 
-def _coverage(columns: Sequence[Column], flags: Bytes) -> dict[str, Coverage]:
-    counts = np.stack(
-        [np.count_nonzero(flags == flag, axis=1) for flag in (OBSERVED, HELD, INTERPOLATED)], axis=1
-    ).tolist()
-    counted = sorted(zip([c.name for c in columns], counts, strict=True))
+def _coverage(columns: Sequence[Column], counts: npt.NDArray[np.int64]) -> dict[str, Coverage]:
+    counted = sorted(zip([c.name for c in columns], counts.T.tolist(), strict=True))
     return {name: Coverage(*count) for name, count in counted if any(count)}
 
 
-def _table(  # noqa: PLR0917  # all of a file
-    times: pa.Array, values: Floats, flags: Bytes, columns: Sequence[Column],
-    rows: dict[str, int], words: pa.Array, settings: Settings,
-) -> pa.Table:  # fmt: skip
-    arrays = [times]
-    for column in columns:
-        row = rows.get(column.name)
+def _table(
+    filled: Filled,
+    grid: Lattice,
+    columns: Sequence[Column],
+    texts: Sequence[str],
+    settings: Settings,
+) -> pa.Table:
+    """All hours of a tree at once: they are cut from it without a copy."""
+    rows = {column.name: row for row, column in enumerate(filled.columns)}
+    chosen = [rows.get(column.name) for column in columns]
+    words = arrow_texts(texts)
+    arrays = [arrow((grid.start_ns + np.arange(grid.bins) * grid.every_ns) // 1000, _TIME_TYPE)]
+    for column, row in zip(columns, chosen, strict=True):
         if row is None:
-            arrays.append(pa.nulls(len(times), _type_of(column)))
-        elif column.measure.is_text:
-            codes = np.nan_to_num(values[row]).astype(np.int32)
-            arrays.append(words.take(pa.array(codes, mask=np.isnan(values[row]))))
+            arrays.append(pa.nulls(grid.bins, _type_of(column)))
         else:
-            arrays.append(pa.array(values[row], from_pandas=True))
+            arrays.append(_column(filled.values[row], words if column.measure.is_text else None))
     if settings.with_flags:
-        missing = pa.array(np.full(len(times), MISSING, np.int8))
-        chosen = [rows.get(column.name) for column in columns]
-        arrays += [missing if row is None else pa.array(flags[row]) for row in chosen]
+        missing = arrow(np.full(grid.bins, MISSING, np.int8))
+        arrays += [missing if row is None else arrow(filled.flags[row]) for row in chosen]
     return pa.Table.from_arrays(arrays, schema=_schema(tuple(columns), settings))
+
+
+def _column(values: Floats, words: pa.Array | None) -> pa.Array:
+    missing = np.isnan(values)
+    if words is None:
+        return arrow_with_nulls(values, missing)
+    codes = np.where(missing, 0, values).astype(np.int32)
+    return words.take(arrow_with_nulls(codes, missing))
 
 
 def _type_of(column: Column) -> pa.DataType:
@@ -192,8 +190,9 @@ def _described(
 
 
 def read(path: Path) -> pa.Table:
-    """A file's rows. Without partitioning: pyarrow sees none in years and months, but looks."""
-    return pq.read_table(path, partitioning=None)
+    """A file's rows. Not by read_table, which looks for partitions and loads half of pyarrow."""
+    with pq.ParquetFile(path) as file:
+        return file.read()
 
 
 def read_all(paths: Sequence[Path]) -> pa.Table:
@@ -244,7 +243,7 @@ def with_columns(path: Path, columns: Sequence[Column], settings: Settings) -> p
     arrays = [
         found.column(field.name)
         if field.name in found.column_names
-        else pc.fill_null(pa.nulls(found.num_rows, field.type), MISSING)
+        else arrow(np.full(found.num_rows, MISSING, np.int8))
         if field.name.endswith(FLAG_SUFFIX)
         else pa.nulls(found.num_rows, field.type)
         for field in schema
@@ -258,8 +257,13 @@ def with_columns(path: Path, columns: Sequence[Column], settings: Settings) -> p
 
 def path_of(root: Path, tree: str, start_ns: int) -> Path:
     """Where an hour's file goes."""
-    time = datetime.fromtimestamp(start_ns // NS_PER_S, UTC)
-    return day_folder(root, tree, time) / f"{time.hour:02}.parquet"
+    day, hour = divmod(start_ns // HOUR_NS, 24)
+    return _folder(root, tree, day) / f"{hour:02}.parquet"
+
+
+@functools.lru_cache(maxsize=64)
+def _folder(root: Path, tree: str, day: int) -> Path:
+    return day_folder(root, tree, datetime.fromtimestamp(day * 86400, UTC))
 
 
 def day_folder(root: Path, tree: str, day: datetime) -> Path:

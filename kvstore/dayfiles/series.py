@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
 from kvstore.dayfiles.measures import Column, column
@@ -53,8 +53,9 @@ class Series(NamedTuple):
         return f"{self.tree}/{self.column.name}"
 
 
-def series_of(name: str | None, tags: Sequence[tuple[str | None, str | None]]) -> Series | None:
+def series_of(name: str | None, tags: Iterable[tuple[str | None, str | None]]) -> Series | None:
     """The series of a measure with these tags; None where they make no sense."""
+    tags = list(tags)
     if not name or len(name) > _NAME_LENGTH_MAX or any(map(_is_odd, tags)):
         return None
     pairs = {(str(key).strip(), _plain(str(value))) for key, value in tags}
@@ -62,7 +63,7 @@ def series_of(name: str | None, tags: Sequence[tuple[str | None, str | None]]) -
     if len(named) != len(pairs):
         return None  # two phases at once
     tree = tree_of(named.pop("phase", None), named.pop("module", None))
-    return Series(tree, column(escaped(name) + _suffix(named)))
+    return Series(tree, column(_unreserved(escaped(name) + _suffix(named))))
 
 
 def _is_odd(pair: tuple[str | None, str | None]) -> bool:
@@ -78,6 +79,13 @@ def tree_of(phase: str | None, module: str | None) -> str:
     if module is not None:
         return f"{tree}_{_part(module)}"
     return "%73ystem" if tree == SYSTEM else tree
+
+
+def _unreserved(name: str) -> str:
+    """The name of a column, unless it is that of the times, or of some column's flags."""
+    if name == "timestamp":
+        return "%74imestamp"
+    return f"{name[:-4]}%66lag" if name.endswith("_flag") else name
 
 
 def _suffix(tags: Mapping[str, str]) -> str:
@@ -109,7 +117,7 @@ def _hex(found: re.Match[str]) -> str:
 
 def column_of_header(header: str) -> Column:
     """The column that a wide table's column of that name goes to."""
-    return column(escaped(header.strip()))
+    return column(_unreserved(escaped(header.strip())))
 
 
 def parsed_tags(text: str | None) -> list[tuple[str | None, str | None]]:
@@ -144,7 +152,7 @@ def _loose_tags(text: str) -> list[tuple[str | None, str | None]]:
     plain = _ARRAY.sub("", text).strip()
     found = [(_unquoted(key), _unquoted(value)) for key, value in _PAIR.findall(plain)]
     rest = _PAIR.sub("", plain)
-    if re.sub(r"[\s,\[\]]", "", rest) or not (plain.startswith("[") and plain.endswith("]")):
+    if not re.fullmatch(r"\[[\s,]*\]", rest):
         raise ValueError(text)
     return list(found)
 

@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from kvstore.dayfiles.arrays import arrow, filled, plain
+
 Pair: TypeAlias = tuple[str | None, str | None]
-Pairs: TypeAlias = tuple[Pair, ...]
+Pairs: TypeAlias = frozenset[Pair]
 Ints: TypeAlias = npt.NDArray[np.int64]
 _BITS: Final = 63
 _WORDS_MAX: Final = 1024  # pairs are looked up in a table of the square of it: 8 MB
@@ -48,8 +50,10 @@ class TagCoder:
 
     def _sums(self, lists: _Lists) -> Ints | None:
         """Each row's bits, or None where bits cannot tell."""
-        pairs = lists.keys * np.int32(len(lists.words)) + lists.values
-        sums = lists.sums(self._table(lists.words)[pairs])
+        pairs = np.multiply(lists.keys, len(lists.words), dtype=np.intp)
+        pairs += lists.values
+        # Indexing would check each bound, and convert what is not intp.
+        sums = lists.sums(self._table(lists.words).take(pairs, mode="clip"))
         if lists.are(sums):
             return sums
         table = self._learn(lists.words, pairs)
@@ -79,14 +83,13 @@ class TagCoder:
         return self._table(words)
 
     def _distinct(self, sums: Ints) -> Coded:
-        encoded = pa.array(sums).dictionary_encode()
-        return Coded(
-            encoded.indices.to_numpy(), [*map(self._pairs, encoded.dictionary.to_pylist())]
-        )
+        encoded = arrow(sums).dictionary_encode()
+        return Coded(plain(encoded.indices), [*map(self._pairs, encoded.dictionary.to_pylist())])
 
     def _pairs(self, bits: int) -> Pairs:
         if bits not in self._known:
-            self._known[bits] = tuple(p for p, bit in self._bits.items() if bits >> bit & 1)
+            pairs = (pair for pair, bit in self._bits.items() if bits >> bit & 1)
+            self._known[bits] = frozenset(pairs)
         return self._known[bits]
 
 
@@ -103,20 +106,20 @@ class _Lists(NamedTuple):
         """None where the column is built in another way, or has lists that are no pairs."""
         if not _is_list(tags.type) or not _is_list(tags.type.value_type) or tags.null_count:
             return None
-        starts = tags.offsets.to_numpy()
+        starts = plain(tags.offsets)
         pairs = tags.values
         if pairs.null_count:
             return None
-        ends = pairs.offsets.to_numpy()
-        if not np.array_equal(ends, np.arange(ends[0], ends[0] + 2 * len(ends), 2)):
+        ends = plain(pairs.offsets)
+        if not (np.diff(ends) == 2).all():  # noqa: PLR2004  # key, value
             return None
         leaves = pairs.values[int(ends[0]) : int(ends[-1])]
         if not pa.types.is_dictionary(leaves.type):
             leaves = leaves.dictionary_encode()
-        words, codes = leaves.dictionary.to_pylist(), leaves.indices
-        if codes.null_count:
-            words, codes = [*words, None], codes.fill_null(len(words))
-        flat = codes.to_numpy()
+        words = leaves.dictionary.to_pylist()
+        flat = filled(leaves.indices, len(words))
+        if leaves.indices.null_count:
+            words.append(None)
         return cls(starts, flat[0::2], flat[1::2], words)
 
     def sums(self, bits: Ints) -> Ints:
@@ -149,7 +152,7 @@ def _by_position(lists: _Lists) -> Coded:
     width = len(lists.words)
     spans = [(int(lists.starts[row]), int(lists.starts[row + 1])) for row in firsts]
     return Coded(codes, [
-        tuple((lists.words[p // width], lists.words[p % width]) for p in pairs[a:b].tolist())
+        frozenset((lists.words[p // width], lists.words[p % width]) for p in pairs[a:b].tolist())
         for a, b in spans
     ])  # fmt: skip
 
@@ -163,7 +166,7 @@ def _listed(tags: pa.Array) -> Coded:
 
 def _pairs_of(row: object) -> Pairs | None:
     if row is None:
-        return ()
+        return frozenset()
     if isinstance(row, dict):
         row = list(row.items())
     if not isinstance(row, list):
@@ -171,7 +174,7 @@ def _pairs_of(row: object) -> Pairs | None:
     pairs = [tuple(pair.values() if isinstance(pair, dict) else pair or ()) for pair in row]
     if any(len(pair) != 2 for pair in pairs):  # noqa: PLR2004  # key, value
         return None
-    return tuple((_text(key), _text(value)) for key, value in pairs)
+    return frozenset((_text(key), _text(value)) for key, value in pairs)
 
 
 def _text(value: object) -> str | None:
