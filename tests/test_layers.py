@@ -44,7 +44,7 @@ FLOORS = (
     ("plots",),
     ("sockets", "notify", "serve", "metrics"),
     ("dayfiles",),
-    ("hourly", "daystreams", "dayplots"),
+    ("hourly", "daystreams", "dayplots", "daycluster"),
     ("telemetry",),
     ("__init__",),
     ("cli",),
@@ -60,9 +60,9 @@ THIRD_PARTY = {
     "plots": {"matplotlib"},
     "dayfiles": {"pyarrow", "polars"},
     "dayplots": {"pyarrow", "matplotlib"},
+    "daycluster": {"distributed"},
     "export": {"pyarrow", "pandas", "h5py", "zarr", "xarray", "torch"},
     "telemetry": {"msgspec", "yaml", "pyarrow", "psycopg", "pyiceberg", "confluent_kafka"},
-    "dayfiles": {"polars", "pyarrow", "matplotlib", "dask", "distributed"},
 }
 
 # What `import kvstore` may load, with whatever these load themselves.
