@@ -44,7 +44,7 @@ FLOORS = (
     ("plots",),
     ("sockets", "notify", "serve", "metrics"),
     ("dayfiles",),
-    ("hourly", "daystreams"),
+    ("hourly", "daystreams", "dayplots", "daycluster"),
     ("telemetry",),
     ("__init__",),
     ("cli",),
@@ -58,6 +58,9 @@ THIRD_PARTY = {
     "codec": {"numcodecs", "lz4", "xxhash", "msgpack"},
     "cli": {"typer", "rich"},
     "plots": {"matplotlib"},
+    "dayfiles": {"pyarrow"},
+    "dayplots": {"pyarrow", "matplotlib"},
+    "daycluster": {"distributed"},
     "export": {"pyarrow", "pandas", "h5py", "zarr", "xarray", "torch"},
     "telemetry": {
         "msgspec",
@@ -69,7 +72,6 @@ THIRD_PARTY = {
         "sqlalchemy",
         "fastavro",
     },
-    "dayfiles": {"polars", "pyarrow", "matplotlib", "dask", "distributed"},
 }
 
 # What `import kvstore` may load, with whatever these load themselves.

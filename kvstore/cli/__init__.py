@@ -16,6 +16,7 @@ from kvstore.cli import (
     capture,
     check,
     dayfiles,
+    dayplot,
     export,
     limits,
     plot,
@@ -126,6 +127,7 @@ app.command(
 )(limits.pin)
 app.command(epilog=_examples("kvstore unpin run.kv 1"))(limits.unpin)
 app.add_typer(telemetry.app)
+dayfiles.app.command(epilog=dayplot.EPILOG)(dayplot.plot)
 app.add_typer(dayfiles.app, name="dayfiles")
 
 
