@@ -200,7 +200,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(EVENTS, max_size=4), st.data())
 def test_whatever_comes_is_stored_or_a_duplicate_or_rejected(chunks, draw):
     with scratch() as folder, StreamSink.open(folder / "run.kv", brief()) as sink:
@@ -336,6 +336,25 @@ def test_too_low_a_score_has_its_exit_code(fleet):
     assert "nothing to score" in later.stderr
     assert run(path, "--since", "2025-01-20T10:00").exit_code == 0
     assert run(path, "--since", "yesterday").exit_code == 2
+
+
+@pytest.mark.slow
+def test_a_lake_and_a_store_of_the_same_events_have_the_same_report(tmp_path):
+    iceberg = pytest.importorskip("kvstore.telemetry.sinks.iceberg")
+    fleet = Fleet(devices=12, events=2000, start_us=data.BASE_US, bad=0.05, conflicts=0.01)
+    events, found = list(Simulation(fleet)), []
+    sinks = (
+        StreamSink.open(tmp_path / "ops.kv", brief()),
+        iceberg.IcebergSink.open(str(tmp_path / "lake"), brief()),
+    )
+    for sink in sinks:
+        with sink:
+            sink.evolve(brief())
+            commit(sink, events[:1200])
+            commit(sink, events[1200:], first=1201)
+            found.append(survey(sink))
+    assert found[0] == found[1]
+    assert found[0].total.conflicts > 0
 
 
 # ---- the page ----
