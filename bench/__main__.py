@@ -1,7 +1,7 @@
 """``python -m bench [NAMES…]``: measure, print a table on stderr, write JSON.
 
-``python -m bench soak``, ``python -m bench compare``, ``python -m bench scale`` and ``python -m
-bench telemetry`` are other matters: see soak.py, compare/run.py, scale/run.py, telemetry/run.py.
+``python -m bench soak``, ``compare``, ``scale``, ``telemetry`` and ``dayfiles`` are other matters:
+see soak.py, compare/run.py, scale/run.py, telemetry/run.py and dayfiles/run.py.
 
 Exit codes: 0 everything was measured, whether the targets were met or not; 1 something could
 not be measured; 2 wrong usage.
@@ -19,6 +19,7 @@ from pathlib import Path
 import kvstore
 from bench import capture, lookup, memory, pipes, reading, report, soak, startup
 from bench.compare import run as compare
+from bench.dayfiles import run as dayfiles
 from bench.figure import Measurement, Setting
 from bench.host import filesystem
 from bench.process import ROOT
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return soak.main(arguments[1:])
     if arguments[:1] == ["compare"]:
         return compare.main(arguments[1:])
+    if arguments[:1] == ["dayfiles"]:
+        return dayfiles.main(arguments[1:])
     if arguments[:1] == ["scale"]:
         return scale.main(arguments[1:])
     if arguments[:1] == ["telemetry"]:
