@@ -79,8 +79,7 @@ LIGHT = ("numpy", "lmdb", "msgpack", "xxhash", "lz4.block", "numcodecs.blosc")
 HEAVY = {
     "typer", "rich", "pydantic",
     "pandas", "pyarrow", "matplotlib", "polars", "h5py", "zarr", "torch",
-    "msgspec", "yaml", "psycopg", "pyiceberg", "sqlalchemy",
-    "confluent_kafka", "fastavro",
+    "msgspec", "yaml", "psycopg", "pyiceberg", "sqlalchemy", "confluent_kafka", "fastavro",
 }  # fmt: skip
 
 UNKNOWN = "not in the table of floors"

@@ -158,6 +158,8 @@ class Pipeline:
                 self._commit(source)  # a source that fails late takes nothing with it
                 self._land()
                 raise
+            if not chunks or (self._flying is not None and self._flying.flight.done()):
+                self._land()
             if chunks is None:
                 break
             for chunk in chunks:
@@ -191,11 +193,13 @@ class Pipeline:
         held.bytes += bytes_of(chunk)
 
     def _is_due(self) -> bool:
-        held, limits = self._held, self._limits
+        held = self._held
         if not held.chunks:
             return False
-        is_full = held.events >= limits.rows_max or held.bytes >= limits.bytes_max
-        return is_full or time.monotonic() >= held.since_s + limits.wait_s
+        return self._is_full(held) or time.monotonic() >= held.since_s + self._limits.wait_s
+
+    def _is_full(self, held: Gathered) -> bool:
+        return held.events >= self._limits.rows_max or held.bytes >= self._limits.bytes_max
 
     # ---- places come and go ----
 
@@ -247,8 +251,9 @@ class Pipeline:
         flight = self._committer.submit(self._commit_now, work)
         self._flying = _Flying(flight, work, held.events, source)
         limits = self._limits
-        if limits.rejected_max is not None or limits.rejected_share_max is not None:
-            self._land()  # not one batch more than allowed
+        limited = limits.rejected_max is not None or limits.rejected_share_max is not None
+        if limited or not self._is_full(held):
+            self._land()  # no backlog to read meanwhile; or not one batch more than allowed
 
     def _commit_now(self, work: Work) -> Outcome:
         with self.progress.commits.timed(1):
