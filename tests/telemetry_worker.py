@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 POINTS = ("before", "during", "after", "reply")
-ROWS_MAX = 40  # of one commit: several for each worker
+ROWS_MAX = 64  # of one commit: several for each worker
 WAIT_S = 90.0
 
 
@@ -200,12 +200,12 @@ class Worker:
         return self.process.returncode
 
 
-def await_that(is_so, workers=()):
+def await_that(is_so, workers=(), *, every_s=0.05):
     deadline_s = time.monotonic() + WAIT_S
     while not (found := is_so()):
         if time.monotonic() > deadline_s:
             pytest.fail("\n".join(map(where_it_is, workers)))
-        time.sleep(0.05)
+        time.sleep(every_s)
     return found
 
 

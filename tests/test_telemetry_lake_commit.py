@@ -294,6 +294,28 @@ def test_an_accepted_rollback_reads_again_from_there(path):
         assert len(read_all(sink)) == 3
 
 
+def test_snapshots_do_not_add_up(path, monkeypatch):
+    """Each costs every commit; what is tagged stays, and so does what is committed."""
+    monkeypatch.setattr(iceberg_commit, "SNAPSHOTS_MAX", 4)
+    monkeypatch.setattr(iceberg_side, "SIDE_SNAPSHOTS_MAX", 4)
+    with lakes.opened(path) as sink:
+        made = lakes.first_work(sink, [data.row(second=0)])
+        sink.commit(made)
+        table = sink._lake.table()
+        tagged = table.current_snapshot().snapshot_id
+        table.manage_snapshots().create_tag(tagged, "training").commit()
+        for n in range(1, 9):
+            made = data.next_work(made, [data.row(second=n, offset=10 * n)])
+            sink.commit(made)
+        assert sink.settle(made) is not None
+        assert len(read_all(sink)) == 9
+        assert sum(each.value for each in sink.counts()) == 18
+        found = [each.snapshot_id for each in sink._lake.table().metadata.snapshots]
+        assert tagged in found
+        assert len(found) <= 6
+        assert len(sink._lake.table(COUNTS).metadata.snapshots) <= 6
+
+
 def test_other_tools_may_write_on_top(path):
     with lakes.opened(path) as sink:
         sink.commit(lakes.first_work(sink, [data.row()]))
@@ -411,16 +433,37 @@ def test_files_that_cannot_overlap_are_not_read(path, monkeypatch):
         assert len(read) == 1
 
 
-def test_runs_hold_what_was_added():
+def test_runs_find_what_was_added_and_where():
     rng = np.random.default_rng(3)
-    runs, known = Runs(), set()
-    for _ in range(60):
-        more = rng.integers(0, 5000, int(rng.integers(0, 40)), dtype=np.uint64)
-        runs.add(more)
-        known |= set(more.tolist())
-        wanted = np.sort(rng.integers(0, 5000, 50, dtype=np.uint64))
-        assert runs.holds(wanted).tolist() == [each in known for each in wanted.tolist()]
+    runs, known = Runs(), {}
+    for number in range(60):
+        more = rng.integers(0, 5000, int(rng.integers(0, 40)), dtype=np.uint64) << np.uint64(16)
+        assert runs.number_of(f"file-{number}") == number
+        runs.add(more | np.uint64(number))
+        for each in more.tolist():
+            known.setdefault(each, set()).add(number)
+        wanted = np.sort(rng.integers(0, 5000, 50, dtype=np.uint64) << np.uint64(16))
+        found, files = runs.find(wanted)
+        assert found.tolist() == [each in known for each in wanted.tolist()]
+        assert files == set().union(*(known.get(each, ()) for each in wanted.tolist()))
     assert len(runs._runs) < 12
+
+
+def test_only_files_that_hold_a_suspect_are_compared(path, monkeypatch):
+    with lakes.opened(path) as sink:
+        made = lakes.first_work(sink)
+        sink.commit(made)
+        for n in range(5):  # all of one time, so that statistics do not help
+            rows = [data.row("a", 10 * i + n, offset=100 * n + i) for i in range(6)]
+            made = data.next_work(made, rows)
+            sink.commit(made)
+        compared, real = [], iceberg_keys.scan
+        monkeypatch.setattr(
+            iceberg_keys, "scan", lambda *args: compared.append(args[1]) or real(*args)
+        )
+        again = data.next_work(made, [data.row("a", 23, offset=900), data.row("a", 77, offset=901)])
+        assert sink.commit(again) == Outcome(1, 1, 0, 0)
+        assert len(compared) == 1
 
 
 def test_two_identities_of_one_hash_are_told_apart(path, monkeypatch):

@@ -47,7 +47,7 @@ def lake(setting: Setting) -> list[Figure]:
     """Events per second, into an empty lake and into a full one."""
     count = count_of(setting)
     path = setting.folder / "events.jsonl"
-    path.write_bytes(b"\n".join(payloads(count, setting.seed, trouble=True)) + b"\n")
+    path.write_bytes(b"\n".join(payloads(count, setting.seed, trouble=False)) + b"\n")
     full = _full(setting.folder, count, span_us=_span_us(path))
     table = _columns(count, setting.seed)
     walls: dict[str, list[float]] = {"empty": [], "full": []}

@@ -41,6 +41,8 @@ from kvstore.telemetry.sinks.iceberg_write import Piece
 
 DAY_US: Final = 86_400_000_000
 KEYS_BYTES_MAX: Final = 512 << 20  # 64 million keys of 8 bytes
+FILE_BITS: Final = np.uint64(0xFFFF)  # of a key: the number of its file; the rest is the hash
+ANY_FILE: Final = 0xFFFF  # the number of all files beyond so many of a partition
 DEVICES_MAX: Final = 1_000_000  # whose hashes and buckets are remembered
 
 Hashes = NDArray[np.uint64]
@@ -132,38 +134,53 @@ class Batch:
 
 
 def mixed(devices: Hashes, ts_us: NDArray[np.int64]) -> Hashes:
-    """One hash of device and time (the finalizer of splitmix64)."""
+    """One hash of device and time (the finalizer of splitmix64), of 48 bits: the upper ones."""
     value = devices ^ (ts_us.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    found: Hashes = value ^ (value >> np.uint64(31))
+    found: Hashes = (value ^ (value >> np.uint64(31))) & ~FILE_BITS
     return found
 
 
 class Runs:
-    """Hashes as sorted runs, each at least twice as long as the next: few to search."""
+    """Keys as sorted runs, each at least twice as long as the next: few to search.
+
+    A key is a hash whose low bits say in which file it is.
+    """
 
     def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}  # of the files whose keys are here, by path
         self._runs: list[Hashes] = []
 
     def __len__(self) -> int:
         return sum(map(len, self._runs))
 
-    def add(self, hashes: Hashes) -> None:
+    def number_of(self, path: str) -> int:
+        """A number for a file whose keys are about to come."""
+        return self.numbers.setdefault(path, min(len(self.numbers), ANY_FILE))
+
+    def add(self, keys: Hashes) -> None:
         """Put some more in."""
-        self._runs.append(np.sort(hashes))
+        self._runs.append(np.sort(keys))
         while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
             merged = np.concatenate((self._runs.pop(), self._runs.pop()))
             merged.sort(kind="stable")  # two sorted pieces: one merge
             self._runs.append(merged)
 
-    def holds(self, wanted: Hashes) -> NDArray[np.bool_]:
-        """Which of the hashes are there; fast where they are sorted."""
-        found = np.zeros(len(wanted), np.bool_)
+    def find(self, wanted: Hashes) -> tuple[NDArray[np.bool_], set[int]]:
+        """Which of the hashes are there, and in which files; fast where they are sorted."""
+        found, files = np.zeros(len(wanted), np.bool_), set[int]()
         for run in self._runs:
-            if len(run):
-                found |= _in_sorted(run, wanted)
-        return found
+            at, asked = np.searchsorted(run, wanted), np.arange(len(wanted))
+            while len(asked):  # once more for each further key of one hash
+                within = at < len(run)
+                at, asked = at[within], asked[within]
+                same = (run[at] & ~FILE_BITS) == wanted[asked]
+                at, asked = at[same], asked[same]
+                found[asked] = True
+                files.update(np.unique(run[at] & FILE_BITS).tolist())
+                at = at + 1
+        return found, files
 
 
 def _in_sorted(run: Hashes, wanted: Hashes) -> NDArray[np.bool_]:
@@ -180,7 +197,6 @@ class Keys:
         self.devices = Devices(buckets)
         self._rows_max = bytes_max // 8
         self._runs: OrderedDict[Partition, Runs] = OrderedDict()
-        self._covered: dict[Partition, set[str]] = {}
 
     def fates(self, batch: Batch, table: Any, files: Sequence[DataFile]) -> NDArray[np.uint8]:
         """What becomes of each reading, if the table is as it is now."""
@@ -189,16 +205,16 @@ class Keys:
         where: list[DataFile] = []
         paths = {file.path for file in files}
         for partition, numbers in batch.partitions:
-            if not self._covered.get(partition, set()) <= paths:  # compacted: all in other files
-                self._forget(partition)
+            if not self._opened(partition).numbers.keys() <= paths:  # compacted: in other files
+                del self._runs[partition]
             first_us, last_us = int(batch.ts_us[numbers[0]]), int(batch.ts_us[numbers[-1]])
             near = [
                 file
                 for file in files
                 if file.partition in (partition, None) and file.overlaps(first_us, last_us)
             ]
-            stored[numbers] = self._stored(partition, near, batch.hashes[numbers], table)
-            where += near
+            stored[numbers], holding = self._stored(partition, near, batch.hashes[numbers], table)
+            where += holding
         twice = _repeated(batch.hashes)
         suspects = np.flatnonzero(np.isin(batch.hashes, batch.hashes[stored | twice]))
         if len(suspects):
@@ -231,29 +247,29 @@ class Keys:
 
     def _stored(
         self, partition: Partition, near: Sequence[DataFile], wanted: Hashes, table: Any
-    ) -> NDArray[np.bool_]:
+    ) -> tuple[NDArray[np.bool_], list[DataFile]]:
+        """Which hashes are stored, as far as hashes tell, and the files that hold them."""
         order = np.argsort(wanted)
         in_order = wanted[order]
-        hits = np.zeros(len(wanted), np.bool_)
+        hits, holding = np.zeros(len(wanted), np.bool_), []
         runs = self._opened(partition)
-        covered = self._covered[partition]
         fresh: list[Hashes] = []
         for file in near:
-            if file.path in covered:
+            if file.path in runs.numbers:
                 continue
             hashes = self.hashes_of(*keys_of(table, file))
             if self._make_room(sum(map(len, fresh)) + len(hashes), partition):
-                fresh.append(hashes)
-                covered.add(file.path)
-            elif len(hashes):
-                hits |= _in_sorted(np.sort(hashes), in_order)
+                fresh.append(hashes | np.uint64(runs.number_of(file.path)))
+            elif len(hashes) and (here := _in_sorted(np.sort(hashes), in_order)).any():
+                hits |= here
+                holding.append(file)
         if fresh:
             runs.add(np.concatenate(fresh))
-        if near:
-            hits |= runs.holds(in_order)
+        known, numbers = runs.find(in_order) if near else (hits, set())
+        holding += [file for file in near if runs.numbers.get(file.path) in numbers]
         found = np.empty_like(hits)
-        found[order] = hits
-        return found
+        found[order] = hits | known
+        return found, holding
 
     def hashes_of(self, devices: pa.DictionaryArray, ts_us: NDArray[np.int64]) -> Hashes:
         """Hashes of stored keys."""
@@ -262,19 +278,20 @@ class Keys:
 
     def add(self, batch: Batch, kept: NDArray[np.bool_], files: Sequence[DataFile]) -> None:
         """Remember what a commit has stored, so that its own files need not be read."""
-        for partition, numbers in batch.partitions:
-            new = [file.path for file in files if file.partition == partition]
-            stored = numbers[kept[numbers]]
-            if new and self._make_room(len(stored), partition):
-                self._opened(partition).add(batch.hashes[stored])
-                self._covered[partition].update(new)
+        for file in files:
+            for partition, numbers in batch.partitions:
+                if file.partition == partition:
+                    self._add(partition, file, batch.hashes[numbers[kept[numbers]]])
+
+    def _add(self, partition: Partition, file: DataFile, hashes: Hashes) -> None:
+        if self._make_room(len(hashes), partition):
+            runs = self._opened(partition)
+            runs.add(hashes | np.uint64(runs.number_of(file.path)))
 
     def _opened(self, partition: Partition) -> Runs:
-        if partition not in self._runs:
-            self._runs[partition] = Runs()
-            self._covered[partition] = set()
+        runs = self._runs.setdefault(partition, Runs())
         self._runs.move_to_end(partition)
-        return self._runs[partition]
+        return runs
 
     def _make_room(self, more: int, keep: Partition) -> bool:
         """Forget partitions that were not asked for longest; False where that is not enough."""
@@ -284,12 +301,7 @@ class Keys:
             if oldest == keep:
                 return False
             held -= len(self._runs.pop(oldest))
-            del self._covered[oldest]
         return True
-
-    def _forget(self, partition: Partition) -> None:
-        self._runs.pop(partition, None)
-        self._covered.pop(partition, None)
 
 
 def _repeated(hashes: Hashes) -> NDArray[np.bool_]:
