@@ -173,6 +173,14 @@ class Committer:
         self._thread.join()
         self._active.close()
 
+    def forget(self) -> None:
+        """Give up all that is queued; the lock is held, and only flush may have committed."""
+        assert self._interval_s is None
+        self._queue.clear()
+        self._queued_bytes = self.staged_bytes = 0
+        self.oldest_s = self.error = None
+        self._answered = self._asked
+
     # ---- the commit thread ----
 
     def _run(self) -> None:

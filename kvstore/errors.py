@@ -13,6 +13,8 @@
     ├── DayfilesError     day files that cannot be made, or a value that cannot be explained
     ├── TelemetryError    the telemetry pipeline
     │   ├── ContractError     a contract that is wrong or breaks its past (also a ValueError)
+    │   ├── SettingsError     a pipeline's settings that cannot be read (also a ValueError)
+    │   ├── TooManyRejected   more rejected events than were allowed; all of them are committed
     │   ├── SourceError       events that cannot be read: gone, recreated, past their retention
     │   └── SinkError         a sink that cannot be opened, changed or written
     │       ├── Fenced            somebody else has claimed the place; nothing was kept
@@ -121,6 +123,14 @@ class TelemetryError(KvstoreError):
 
 class ContractError(TelemetryError, ValueError):
     """A contract that cannot be read, or that breaks what came before it."""
+
+
+class SettingsError(TelemetryError, ValueError):
+    """A pipeline's settings that are misspelt, contradict each other or cannot be read."""
+
+
+class TooManyRejected(TelemetryError):
+    """More events were rejected than the user allows; all that was read is committed."""
 
 
 class SourceError(TelemetryError):

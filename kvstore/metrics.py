@@ -75,18 +75,18 @@ def families_of(store: Store, progress: Progress) -> Iterator[Family]:
 
 
 def _received(progress: Progress) -> Iterator[Family]:
-    yield _counter("received_rows_total", "Rows taken in by this process.", progress.rows)
-    yield _counter("received_bytes_total", "Bytes read from producers.", progress.bytes)
-    yield _counter("received_packets_total", "Packets taken in.", progress.packets)
-    yield _counter("rejected_packets_total", "Malformed packets.", progress.rejected)
-    yield _counter(
+    yield counter("received_rows_total", "Rows taken in by this process.", progress.rows)
+    yield counter("received_bytes_total", "Bytes read from producers.", progress.bytes)
+    yield counter("received_packets_total", "Packets taken in.", progress.packets)
+    yield counter("rejected_packets_total", "Malformed packets.", progress.rejected)
+    yield counter(
         "interrupted_packets_total",
         "Packets whose producer went away before their end.",
         progress.interrupted,
     )
-    yield _gauge("connected_producers", "Producers that are connected.", progress.connected)
-    yield _counter("connections_total", "Producers that connected.", progress.connections)
-    yield _counter(
+    yield gauge("connected_producers", "Producers that are connected.", progress.connected)
+    yield counter("connections_total", "Producers that connected.", progress.connections)
+    yield counter(
         "refused_connections_total", "Producers for which there was no place.", progress.refused
     )
 
@@ -98,21 +98,22 @@ def _commits(store: Store) -> Iterator[Family]:
         "commit_seconds",
         "histogram",
         "Time from the begin of a commit until it was durable.",
-        list(_histogram(stats)),
+        list(histogram(stats)),
     )
-    yield _gauge("commit_seconds_max", "Longest commit since the process began.", stats.seconds_max)
-    yield _counter(
+    yield gauge("commit_seconds_max", "Longest commit since the process began.", stats.seconds_max)
+    yield counter(
         "commit_failures_total", "Commits that failed and are tried again.", stats.failures
     )
-    yield _gauge(
+    yield gauge(
         "commit_overdue_seconds",
         "For how long a commit has been running, or due and not begun.",
         committer.overdue_s(),
     )
-    yield _gauge("queue_bytes", "Bytes of rows that wait for their commit.", committer.held_bytes())
+    yield gauge("queue_bytes", "Bytes of rows that wait for their commit.", committer.held_bytes())
 
 
-def _histogram(stats: CommitStats) -> Iterator[Sample]:
+def histogram(stats: CommitStats) -> Iterator[Sample]:
+    """The samples of a family of kind histogram."""
     buckets, count = list(stats.buckets), 0
     for bound, number in zip((*map(str, BOUNDS_S), "+Inf"), buckets, strict=True):
         count += number
@@ -129,17 +130,17 @@ def _stored(store: Store) -> Iterator[Family]:
         "Rows in the store, by stream.",
         [Sample(each.rows, labels={"stream": each.name}) for each in info.streams],
     )
-    yield _gauge("store_bytes", "Size of the store's segments.", info.file_bytes)
-    yield _gauge("store_segments", "Segments of the store.", info.segments)
-    yield _gauge(
+    yield gauge("store_bytes", "Size of the store's segments.", info.file_bytes)
+    yield gauge("store_segments", "Segments of the store.", info.segments)
+    yield gauge(
         "last_durable_timestamp_seconds",
         "When the last commit was made.",
         info.last_commit_ns / 1e9,
     )
     yield from _lost(store)
     disk = shutil.disk_usage(info.path)
-    yield _gauge("disk_free_bytes", "Left on the store's disk for this user.", disk.free)
-    yield _gauge("disk_size_bytes", "Size of the store's disk.", disk.total)
+    yield gauge("disk_free_bytes", "Left on the store's disk for this user.", disk.free)
+    yield gauge("disk_size_bytes", "Size of the store's disk.", disk.total)
 
 
 def _lost(store: Store) -> Iterator[Family]:
@@ -173,11 +174,13 @@ def _lost(store: Store) -> Iterator[Family]:
     )
 
 
-def _counter(name: str, text: str, value: float) -> Family:
+def counter(name: str, text: str, value: float) -> Family:
+    """A counter of one sample."""
     return Family(name, "counter", text, [Sample(value)])
 
 
-def _gauge(name: str, text: str, value: float) -> Family:
+def gauge(name: str, text: str, value: float) -> Family:
+    """A gauge of one sample."""
     return Family(name, "gauge", text, [Sample(value)])
 
 

@@ -41,6 +41,7 @@ TIME_NAMES: Final = ("timestamps", "timestamp", "time")
 """Tried in this order where the time field is not named."""
 
 _TEXT = np.dtype(object)
+_TEXT_TYPES: Final = frozenset({str, type(None)})
 _KINDS = "biufcmM"
 
 
@@ -364,7 +365,9 @@ def _check_time_field(field: Field) -> None:
 
 
 def _text_or(array: Array, name: str) -> DTypeLike:
-    if array.dtype != _TEXT or all(v is None or isinstance(v, str) for v in array.flat):
+    if array.dtype != _TEXT or _TEXT_TYPES.issuperset(map(type, array.ravel().tolist())):
+        return array.dtype
+    if all(v is None or isinstance(v, str) for v in array.flat):  # of subclasses
         return array.dtype
     raise SchemaError(f"field {name!r}: Python objects cannot be stored; text is str or None")
 

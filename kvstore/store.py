@@ -282,6 +282,16 @@ class Store:
         self._closed = True
         self._shut()
 
+    def abandon(self) -> None:
+        """Close, and give up what was appended since the last flush.
+
+        For who opened with flush_interval_s=None and could not finish what belongs into one
+        transaction: ``close`` would commit the part that is there.
+        """
+        if self._writer is not None:
+            self._writer.abandon()
+        self.close()
+
     def __enter__(self) -> Self:
         return self
 

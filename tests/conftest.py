@@ -8,7 +8,10 @@ import signal
 
 import pytest
 from hypothesis import settings
+from kafka_server import forgetful, kafka  # noqa: F401 - fixtures
+from postgres_server import postgres, postgres_server  # noqa: F401 - fixtures
 from powercut import checker, recorder
+from registry_server import registry  # noqa: F401 - a fixture
 from stores import SEED, check_store, scratch
 
 from kvstore import environment

@@ -44,7 +44,7 @@ FLOORS = (
     ("plots",),
     ("sockets", "notify", "serve", "metrics"),
     ("dayfiles",),
-    ("hourly", "daystreams"),
+    ("hourly", "daystreams", "dayplots", "daycluster"),
     ("telemetry",),
     ("__init__",),
     ("cli",),
@@ -58,9 +58,20 @@ THIRD_PARTY = {
     "codec": {"numcodecs", "lz4", "xxhash", "msgpack"},
     "cli": {"typer", "rich"},
     "plots": {"matplotlib"},
+    "dayfiles": {"pyarrow"},
+    "dayplots": {"pyarrow", "matplotlib"},
+    "daycluster": {"distributed"},
     "export": {"pyarrow", "pandas", "h5py", "zarr", "xarray", "torch"},
-    "telemetry": {"msgspec", "yaml", "pyarrow", "psycopg", "pyiceberg", "confluent_kafka"},
-    "dayfiles": {"polars", "pyarrow", "matplotlib", "dask", "distributed"},
+    "telemetry": {
+        "msgspec",
+        "yaml",
+        "pyarrow",
+        "psycopg",
+        "pyiceberg",
+        "confluent_kafka",
+        "sqlalchemy",
+        "fastavro",
+    },
 }
 
 # What `import kvstore` may load, with whatever these load themselves.
@@ -68,7 +79,7 @@ LIGHT = ("numpy", "lmdb", "msgpack", "xxhash", "lz4.block", "numcodecs.blosc")
 HEAVY = {
     "typer", "rich", "pydantic",
     "pandas", "pyarrow", "matplotlib", "polars", "h5py", "zarr", "torch",
-    "msgspec", "yaml", "psycopg", "pyiceberg", "confluent_kafka",
+    "msgspec", "yaml", "psycopg", "pyiceberg", "sqlalchemy", "confluent_kafka", "fastavro",
 }  # fmt: skip
 
 UNKNOWN = "not in the table of floors"

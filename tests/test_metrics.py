@@ -87,7 +87,7 @@ def test_a_histogram_counts_each_commit_in_its_bucket_and_those_above():
     stats = CommitStats()
     for seconds in (0.0005, 0.001, 0.0011, 20.0):
         stats._add(seconds)
-    samples = {s.labels.get("le", s.suffix): s.value for s in metrics._histogram(stats)}
+    samples = {s.labels.get("le", s.suffix): s.value for s in metrics.histogram(stats)}
     assert samples[str(BOUNDS_S[0])] == 2
     assert samples[str(BOUNDS_S[1])] == samples[str(BOUNDS_S[-1])] == 3
     assert samples["+Inf"] == samples["_count"] == 4

@@ -12,7 +12,19 @@ from typing import Annotated, Final
 
 import typer
 
-from kvstore.cli import capture, check, dayfiles, export, limits, plot, query, replay, stats
+from kvstore.cli import (
+    capture,
+    check,
+    dayfiles,
+    dayplot,
+    export,
+    limits,
+    plot,
+    query,
+    replay,
+    stats,
+    telemetry,
+)
 from kvstore.cli import write as writing
 from kvstore.cli.terminal import FAILED, complain, open_standard_files
 from kvstore.errors import KvstoreError
@@ -114,6 +126,8 @@ app.command(
     )
 )(limits.pin)
 app.command(epilog=_examples("kvstore unpin run.kv 1"))(limits.unpin)
+app.add_typer(telemetry.app)
+dayfiles.app.command(epilog=dayplot.EPILOG)(dayplot.plot)
 app.add_typer(dayfiles.app, name="dayfiles")
 
 

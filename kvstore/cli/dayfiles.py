@@ -21,7 +21,7 @@ from kvstore.export.extras import needed_for
 from kvstore.timestamps import format_time, to_time
 
 if TYPE_CHECKING:
-    from kvstore.dayfiles.etl import Outcome, Progress
+    from kvstore.dayfiles.etl import Outcome, Progress, Runner
     from kvstore.dayfiles.explain import Explanation
     from kvstore.dayfiles.plan import Shard
 
@@ -85,6 +85,7 @@ Trim = Annotated[
     "  kvstore dayfiles convert data/ output/\n"
     "  kvstore dayfiles convert data/ output/ --every 10s --fill linear --with-flags\n"
     "  kvstore dayfiles convert data/ output/ --shard 3/8 --report report.json\n"
+    "  kvstore dayfiles convert /mnt/data /mnt/output --cluster tcp://scheduler:8786\n"
     "  kvstore dayfiles convert data/ output/ --store modules.kv"
 )
 def convert(
@@ -113,6 +114,15 @@ def convert(
             metavar="N",
             help="Processes, a day each; if not given as many as cores.",
             show_default=False,
+        ),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster",
+            metavar="ADDRESS",
+            help="A Dask scheduler, such as tcp://host:8786, whose workers make the days; they "
+            "must see both folders. Needs pip install 'kvstore[dask]'.",
         ),
     ] = None,
     shard: Annotated[
@@ -155,7 +165,7 @@ def convert(
     with progress_bar(far.text, far.fraction):
         outcome = etl.convert(
             source, output, settings, full=full, prune=prune, shard=part,
-            run=etl.in_processes(workers or etl.cores()), progress=far.note,
+            run=_runner(workers, cluster), progress=far.note,
         )  # fmt: skip
     told = summary.summary(outcome)
     told["run"]["seconds"] = time.perf_counter() - began
@@ -168,6 +178,19 @@ def convert(
     is_stored = store is None or _store(output, outcome, store)
     if not (outcome.is_whole and is_stored):
         raise typer.Exit(LOSS)
+
+
+def _runner(workers: int | None, cluster: str | None) -> Runner:
+    """Where days are made: on this machine's cores, or on a cluster's."""
+    from kvstore.dayfiles import etl  # noqa: PLC0415  # loads pyarrow
+
+    if cluster is None:
+        return etl.in_processes(workers or etl.cores())
+    if workers is not None:
+        raise typer.BadParameter("--workers is of this machine, --cluster of others: one of them")
+    with needed_for("--cluster", extra="dask"):
+        from kvstore.daycluster import on_cluster  # noqa: PLC0415  # loads distributed
+    return on_cluster(cluster)
 
 
 def _store(output: Path, outcome: Outcome, path: Path) -> bool:

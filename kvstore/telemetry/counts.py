@@ -22,10 +22,15 @@ STORED: Final = "stored"
 DUPLICATES: Final = "duplicates"
 REJECTED: Final = "rejected"
 CONFLICT: Final = "conflict"
+LATE: Final = "late"  # more than a limit older than the newest of the same device before it
+DRIFT: Final = "drift"  # valid events with fields that the contract does not know
+FINER: Final = "finer"  # time stamps finer than a microsecond, cut off
+TIMED: Final = "timed"  # the source knows when it took the event
+DELAYED: Final = "delayed"  # of those, longer under way than the contract allows
 
 HOUR_US: Final = 3_600_000_000
 
-_NAMES: Final = {
+NAMES: Final = {
     Fate.STORED: (STORED,),
     Fate.DUPLICATE: (DUPLICATES,),
     Fate.CONFLICT: (REJECTED, f"reason:{CONFLICT}"),
@@ -37,14 +42,25 @@ def reason(code: str) -> str:
     return f"reason:{code}"
 
 
+def unknown(field: str) -> str:
+    """Name of the count of valid events with that field, which the contract does not know."""
+    return f"unknown:{field}"
+
+
 def decided(readings: Readings, fates: NDArray[np.uint8]) -> list[Count]:
     """The counts of what a sink made of each reading; fates: one Fate each."""
     hours = readings.ts_us // HOUR_US * HOUR_US
-    groups = Counter(zip(readings.device_id, hours.tolist(), fates.tolist(), strict=True))
+    return named(
+        Counter(zip(readings.device_id, hours.tolist(), fates.tolist(), strict=True)).items()
+    )
+
+
+def named(groups: Iterable[tuple[tuple[str, int, int], int]]) -> list[Count]:
+    """Counts of groups (device, begin of the hour, Fate), however they were grouped."""
     return [
         Count(device_id, hour_us, name, value)
-        for (device_id, hour_us, fate), value in groups.items()
-        for name in _NAMES[Fate(fate)]
+        for (device_id, hour_us, fate), value in groups
+        for name in NAMES[Fate(fate)]
     ]
 
 
