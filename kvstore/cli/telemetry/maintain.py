@@ -35,6 +35,7 @@ def maintain(
             parser=duration_s,
             metavar="DURATION",
             help="Snapshots younger than this stay: for readers that are at it.",
+            show_default="1d",
         ),
     ] = 86_400.0,
     orphans_after: Annotated[
@@ -43,6 +44,7 @@ def maintain(
             parser=duration_s,
             metavar="DURATION",
             help="Files that nothing refers to go once they are so old; an hour at least.",
+            show_default="3d",
         ),
     ] = 259_200.0,
     compact: Annotated[
