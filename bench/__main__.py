@@ -35,6 +35,13 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     *startup.MEASUREMENTS,
     *memory.MEASUREMENTS,
 )
+FAMILIES = {
+    "soak": soak.main,
+    "compare": compare.main,
+    "dayfiles": dayfiles.main,
+    "scale": scale.main,
+    "telemetry": telemetry.main,
+}
 TINY_BYTES = 8_000_000  # the least that makes more than one packet, whatever the seed
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
@@ -42,16 +49,8 @@ _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the bench and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["soak"]:
-        return soak.main(arguments[1:])
-    if arguments[:1] == ["compare"]:
-        return compare.main(arguments[1:])
-    if arguments[:1] == ["dayfiles"]:
-        return dayfiles.main(arguments[1:])
-    if arguments[:1] == ["scale"]:
-        return scale.main(arguments[1:])
-    if arguments[:1] == ["telemetry"]:
-        return telemetry.main(arguments[1:])
+    if arguments and arguments[0] in FAMILIES:
+        return FAMILIES[arguments[0]](arguments[1:])
     options = _parser().parse_args(arguments)
     if options.list:
         for measurement in MEASUREMENTS:
