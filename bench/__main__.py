@@ -1,7 +1,7 @@
 """``python -m bench [NAMES…]``: measure, print a table on stderr, write JSON.
 
-``python -m bench soak``, ``python -m bench compare``, ``python -m bench scale`` and ``python -m
-bench telemetry`` are other matters: see soak.py, compare/run.py, scale/run.py, telemetry/run.py.
+``python -m bench soak``, ``compare``, ``scale``, ``telemetry`` and ``dayfiles`` are other matters:
+see soak.py, compare/run.py, scale/run.py, telemetry/run.py and dayfiles/run.py.
 
 Exit codes: 0 everything was measured, whether the targets were met or not; 1 something could
 not be measured; 2 wrong usage.
@@ -19,6 +19,7 @@ from pathlib import Path
 import kvstore
 from bench import capture, lookup, memory, pipes, reading, report, soak, startup
 from bench.compare import run as compare
+from bench.dayfiles import run as dayfiles
 from bench.figure import Measurement, Setting
 from bench.host import filesystem
 from bench.process import ROOT
@@ -35,20 +36,21 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     *memory.MEASUREMENTS,
 )
 TINY_BYTES = 8_000_000  # the least that makes more than one packet, whatever the seed
+_OTHERS = {
+    "soak": soak.main,
+    "compare": compare.main,
+    "scale": scale.main,
+    "telemetry": telemetry.main,
+    "dayfiles": dayfiles.main,
+}
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the bench and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["soak"]:
-        return soak.main(arguments[1:])
-    if arguments[:1] == ["compare"]:
-        return compare.main(arguments[1:])
-    if arguments[:1] == ["scale"]:
-        return scale.main(arguments[1:])
-    if arguments[:1] == ["telemetry"]:
-        return telemetry.main(arguments[1:])
+    if arguments[:1] and arguments[0] in _OTHERS:
+        return _OTHERS[arguments[0]](arguments[1:])
     options = _parser().parse_args(arguments)
     if options.list:
         for measurement in MEASUREMENTS:

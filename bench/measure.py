@@ -36,6 +36,8 @@ TOUCHES = 4
 # would push out the page cache that warm reads are measured on.
 _TOUCH_SHARE_MAX = 0.6
 
+_WRITE_BYTES = 1 << 20
+
 # Linux 5.14; the mmap module of Python 3.11 does not name it.
 _MADV_POPULATE_WRITE = 23
 
@@ -133,9 +135,13 @@ def bare_write_seconds(path: Path, content: memoryview) -> float:
 
 
 def write_all(descriptor: int, content: memoryview) -> None:
-    """Write everything, however the kernel cuts it."""
+    """Write everything, a megabyte at a time.
+
+    Single writes of 2 MB and more take folios of 2 MB, which cost a virtual machine up to five
+    times as much (NOTES.md, "Writing"): a limit has to be one.
+    """
     while content:
-        content = content[os.write(descriptor, content) :]
+        content = content[os.write(descriptor, content[:_WRITE_BYTES]) :]
 
 
 def warm(path: Path) -> None:

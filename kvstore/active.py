@@ -136,7 +136,8 @@ class Active:
             self.state, batches, group, now_ns=time.time_ns(), clock_ns=self._clock.now_ns()
         )
         size = sum(batch.stored_bytes for batch in batches)
-        with libc.early_writeback(self._segment.environment.path, size):
+        environment = self._segment.environment
+        with libc.appending(environment.path, environment.used_bytes(), size):
             self._segment.commit(batches, records)
         self.state = state
 

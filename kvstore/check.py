@@ -11,7 +11,7 @@ import heapq
 import struct
 from array import array
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -129,18 +129,17 @@ class SegmentCheck:
         if info is None or len(entry.blocks) not in info.versions:
             self._lose_rows(entry, "", f"{len(entry.blocks)} blocks fit no schema of the stream")
             return
-        for number, (field, block) in enumerate(
-            zip(info.schema.fields, entry.blocks, strict=False)
-        ):
-            column = self._column(entry, field, block, blocks.pop(number, None))
+        for number, field in enumerate(info.schema.fields[: len(entry.blocks)]):
+            column = self._column(entry, number, field, blocks.pop(number, None))
             if column is not None and field.name == info.schema.time:
                 self._check_times(entry, field, column)
         for number in blocks:
             self._lose_rows(entry, "", f"block {number} is not in the index", rows=0)
 
-    def _column(self, entry: Entry, field: Field, block: Any, data: bytes | None) -> Array | None:
+    def _column(self, entry: Entry, number: int, field: Field, data: bytes | None) -> Array | None:
+        block, frames = entry.blocks[number], entry.frames_of(number)
         try:
-            return decode_block(block, data, field, entry.rows)
+            return decode_block(block, data, field, entry.rows, frames)
         except KvstoreError as error:
             self._lose_rows(entry, field.name, str(error))
             return None

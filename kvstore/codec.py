@@ -1,13 +1,14 @@
 """A field's array <-> a block of bytes. Pure; safe to call from many threads at once.
 
-Numbers go through Blosc-LZ4 at level 5 in frames of a megabyte, or are stored as they are
+Numbers go through Blosc-LZ4 at level 5 in frames of about a megabyte, or are stored as they are
 where a probe finds them incompressible; text is msgpack through LZ4. A frame's integers are
 first narrowed to the bytes that its values need: a detector's counts fill two of an int32's
-four. What is narrowed stays in the second-level cache, and a range that cuts a batch
-decompresses only the frames it needs.
+four. What is narrowed stays in the second-level cache. The fields of a batch have their frames
+at the same rows, a short one first, so that a range begins soon.
 
-Every block carries the xxh3-64 of its stored bytes. Decoding checks it first, so that no
-decompressor sees damaged input, and always yields new memory.
+Every block carries the xxh3-64 of its stored bytes and, where there are several, of each frame:
+what needs some of the rows checks and decompresses only the frames that hold them. Checking
+comes first, so that no decompressor sees damaged input; decoding always yields new memory.
 
 Only this module imports numcodecs, lz4 and xxhash. It turns off numcodecs' own thread pool
 for the whole process (``numcodecs.blosc.use_threads = False``): the pool serves one caller at
@@ -19,7 +20,9 @@ from __future__ import annotations
 import functools
 import struct
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 import lz4.block
@@ -39,7 +42,9 @@ TEXT: Final = 2
 FRAMES: Final = 3
 
 LEVEL: Final = 5
-FRAME_BYTES: Final = 1 << 20  # of rows before narrowing, at least one row
+FRAME_BYTES: Final = 3 << 19  # of rows before narrowing, at least one row
+FIRST_FRAME_BYTES: Final = 1 << 19  # decompressed in 0.1 ms
+_FIELD_FRAME_BYTES_MIN: Final = 1 << 16  # narrow fields have fewer frames than the widest
 FRAME_BYTES_MIN: Final = 1 << 12  # but for the last of a block: what bounds the time for a block
 _BYTES: Final = 1  # shuffled by bytes
 _BITS: Final = 2  # or by bits: smaller where values fill few of them
@@ -68,29 +73,59 @@ def _blosc() -> Any:
     return numcodecs.blosc
 
 
+class Frame(NamedTuple):
+    """Some rows of a block, in how many bytes. checksum: xxh3-64 of these."""
+
+    rows: int
+    stored_bytes: int
+    checksum: int
+
+
 class Block(NamedTuple):
-    """One field of one batch as stored. checksum: xxh3-64 of data."""
+    """One field of one batch as stored. checksum: xxh3-64 of data. frames: none, or several."""
 
     codec: int
     raw_bytes: int
     checksum: int
     data: Bytes
+    frames: Sequence[Frame] = ()
 
 
-def encode(array: Array, field: Field, *, copy: bool = True) -> Block:
-    """Compress a field's rows. With copy=False the block may refer to the array's memory."""
+def cuts(rows: int, row_bytes: int) -> list[int]:
+    """At which rows a batch's frames begin. row_bytes: of its widest field."""
+    if rows * row_bytes <= 2 * FIRST_FRAME_BYTES:
+        return [0]
+    first, step = (_eights(size // row_bytes) for size in (FIRST_FRAME_BYTES, FRAME_BYTES))
+    return [0, *range(first, rows, step)]
+
+
+def _eights(rows: int) -> int:
+    """One row at least; of more, whole eights, whose bits Blosc can shuffle."""
+    return rows - rows % _BITS_COUNT if rows > _BITS_COUNT else max(rows, 1)
+
+
+def encode(
+    array: Array, field: Field, *, copy: bool = True, begins: Sequence[int] | None = None
+) -> Block:
+    """Compress a field's rows. With copy=False the block may refer to the array's memory.
+
+    begins: the ``cuts`` of its batch; by default those of this field alone.
+    """
     if field.is_text:
         return _encode_text(array)
     words = _words(np.ascontiguousarray(array), field)
+    parts = _parts(words, cuts(len(words), field.row_bytes) if begins is None else begins)
     narrow = field.np_dtype.kind in _NARROWED
     shuffle = _shuffle(words, narrow=narrow) if words.nbytes > SMALL_BYTES else None
     if shuffle is not None:
         with suppress(MemoryError):  # stored as they are, the rows need no more memory
-            data: Bytes = _frames(words, shuffle, narrow=narrow)
-            if len(data) < words.nbytes:
-                return Block(FRAMES, words.nbytes, checksum(data), data)
+            packed = [_framed(part, shuffle, narrow=narrow) for part in parts]
+            if sum(map(len, packed)) < words.nbytes:
+                data: Bytes = b"".join(packed)
+                return Block(FRAMES, words.nbytes, checksum(data), data, _frames(parts, packed))
     data = words.tobytes() if copy else words.reshape(-1).view(np.uint8).data
-    return Block(RAW, words.nbytes, checksum(data), data)
+    stored = [part.reshape(-1).view(np.uint8).data for part in parts] if len(parts) > 1 else ()
+    return Block(RAW, words.nbytes, checksum(data), data, _frames(parts, stored))
 
 
 def decode(
@@ -102,14 +137,20 @@ def decode(
     *,
     rows: int,
     part: slice = slice(None),
+    frames: Sequence[Frame] = (),
     verify: bool = True,
 ) -> Array:
     """Bring back ``rows`` rows, or part of them, in new memory.
 
-    expected: the checksum that the index holds; DamageError where the bytes are not the ones
-    stored. verify=False skips it.
+    expected, frames: the checksums that the index holds; DamageError where the bytes are not the
+    ones stored. verify=False skips it. frames: of these, only those that hold the part count.
     """
-    _check(data, expected, verify=verify)
+    start, stop, _ = part.indices(rows)
+    first, last = 0, rows
+    if frames and stop - start < rows:
+        data, first, last = _holding(data, frames, start, stop, rows, verify=verify)
+    else:
+        _check(data, expected, verify=verify)
     if codec == TEXT:
         return _decode_text(data, raw_bytes, (rows, *field.shape))[part]
     row_bytes = field.row_bytes
@@ -117,16 +158,16 @@ def decode(
         raise DamageError(
             f"index entry says codec {codec}, {raw_bytes} bytes for {rows} rows of {row_bytes}"
         )
-    if codec == RAW and len(data) != raw_bytes:
-        raise DamageError(f"block has {len(data)} bytes, expected {raw_bytes}")
-    start, stop, _ = part.indices(rows)
+    if codec == RAW and len(data) != (last - first) * row_bytes:
+        raise DamageError(f"{len(data)} bytes for {last - first} rows of {row_bytes}")
     out = np.empty((max(stop - start, 0), *field.shape), field.np_dtype)
     if POPULATE_BYTES_MIN <= out.nbytes <= POPULATE_BYTES_MAX:
         libc.populate(out.ctypes.data, out.nbytes)
     if codec != RAW:
-        _decode_frames(data, _words(out, field), start, rows)
+        _decode_frames(data, _words(out, field), start - first, last - first)
     else:
-        wanted = data[start * row_bytes : start * row_bytes + out.nbytes]
+        offset = (start - first) * row_bytes
+        wanted = data[offset : offset + out.nbytes]
         np.copyto(out.reshape(-1).view(np.uint8), np.frombuffer(wanted, np.uint8))
     return out
 
@@ -153,11 +194,24 @@ def _compress(words: Array, shuffle: int) -> bytes:
     return packed
 
 
-def _frames(words: Array, shuffle: int, *, narrow: bool) -> bytes:
-    step = max(1, FRAME_BYTES // (words.shape[1] * words.itemsize))
-    step -= step % _BITS_COUNT if step > _BITS_COUNT else 0
-    frames = [words[row : row + step] for row in range(0, len(words), step)]
-    return b"".join(_framed(frame, shuffle, narrow=narrow) for frame in frames)
+def _parts(words: Array, begins: Sequence[int]) -> list[Array]:
+    """The rows of each frame; those that would be too short for this field go with the next."""
+    row_bytes = words.shape[1] * words.itemsize
+    kept = [0]
+    for row in begins:
+        if (row - kept[-1]) * row_bytes >= _FIELD_FRAME_BYTES_MIN:
+            kept.append(row)
+    return [words[start:stop] for start, stop in pairwise([*kept, len(words)])]
+
+
+def _frames(parts: Sequence[Array], stored: Sequence[Bytes]) -> Sequence[Frame]:
+    """What the index holds of several frames; of a single one the block's checksum says it."""
+    if len(parts) == 1:
+        return ()
+    return [
+        Frame(len(part), len(data), checksum(data))
+        for part, data in zip(parts, stored, strict=True)
+    ]
 
 
 def _framed(words: Array, shuffle: int, *, narrow: bool) -> bytes:
@@ -202,6 +256,36 @@ def _check(data: memoryview, expected: int, *, verify: bool) -> None:
         raise DamageError(f"checksum is {checksum(data):016x}, stored was {expected:016x}")
 
 
+def _holding(
+    data: memoryview,
+    frames: Sequence[Frame],
+    start: int,
+    stop: int,
+    rows: int,
+    *,
+    verify: bool,
+) -> tuple[memoryview, int, int]:
+    """The bytes of the frames that hold these rows, checked; their first row and their last."""
+    row = offset = first = last = begin = end = 0
+    for count, size, expected in frames:
+        if row < stop and row + count > start:
+            _check(data[offset : offset + size], expected, verify=verify)
+            first, begin = (first, begin) if end else (row, offset)
+            last, end = row + count, offset + size
+        row, offset = row + count, offset + size
+    if (row, offset) != (rows, len(data)):
+        raise DamageError(f"index entry says frames of {row} rows, {offset} bytes")
+    return data[begin:end], first, last
+
+
+def check_frames(data: Bytes, frames: Sequence[Frame]) -> None:
+    """DamageError where a frame is not what the index says, though the block may be."""
+    offset, whole = 0, memoryview(data)
+    for _, size, expected in frames:
+        _check(whole[offset : offset + size], expected, verify=True)
+        offset += size
+
+
 def _decode_frames(data: memoryview, out: Array, first: int, total: int) -> None:
     """Fill ``out`` with the rows from ``first`` on, of the ``total`` that the frames hold."""
     offset = begin = 0
@@ -230,7 +314,7 @@ def _scratch(size: int) -> Array:
     """Memory for a moment; each thread keeps its own, which stays in the caches."""
     if size > FRAME_BYTES:
         return np.empty(size, np.uint8)
-    if not hasattr(_of_thread, "scratch"):
+    if len(getattr(_of_thread, "scratch", ())) < size:
         _of_thread.scratch = np.empty(FRAME_BYTES, np.uint8)
     found: Array = _of_thread.scratch[:size]
     return found

@@ -10,6 +10,7 @@
     ├── CursorError       a place to follow from that is not in this store (also a ValueError)
     ├── GapError          batches that a follower should get next are no longer in the store
     ├── ListenError       a socket that cannot be listened on, or is in use
+    ├── DayfilesError     day files that cannot be made, or a value that cannot be explained
     ├── TelemetryError    the telemetry pipeline
     │   ├── ContractError     a contract that is wrong or breaks its past (also a ValueError)
     │   ├── SettingsError     a pipeline's settings that cannot be read (also a ValueError)
@@ -110,6 +111,10 @@ def _gap_error(message: str, first: int, stop: int) -> GapError:
 
 class ListenError(KvstoreError):
     """A socket that cannot be listened on: its path is taken, too long, or not the one given."""
+
+
+class DayfilesError(KvstoreError):
+    """Day files that cannot be made, such as without input, or a value that is not there."""
 
 
 class TelemetryError(KvstoreError):

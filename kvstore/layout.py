@@ -35,6 +35,7 @@ _RESERVE: Final = "reserve"
 _REQUESTS: Final = "requests"
 RESERVE_BYTES: Final = 256 << 10  # a small commit takes some 40 KB, a new segment 100 KB
 _SEGMENT_NAME: Final = re.compile(r"[0-9]{8,}\.mdb")
+_PATHS_MAX: Final = 64
 _LOCK_BYTES: Final = 64  # more than the two numbers in it
 _LOCK_TRIES: Final = 25  # a reader's probe holds the lock for microseconds: 0.5 s is ample
 _LOCK_WAIT_S: Final = 0.02
@@ -48,10 +49,16 @@ class Layout:
         self.segments = self.path / _SEGMENTS
         self.requests = self.path / _REQUESTS
         self._lock_path = str(self.path / _LOCK)
+        self._paths: dict[int, Path] = {}
 
     def segment_path(self, number: int) -> Path:
-        """Where a segment's file is."""
-        return self.segments / f"{number:08d}.mdb"
+        """Where a segment's file is. Kept: each look at a store asks for the same few."""
+        path = self._paths.get(number)
+        if path is None:
+            if len(self._paths) >= _PATHS_MAX:
+                self._paths.clear()
+            path = self._paths[number] = self.segments / f"{number:08d}.mdb"
+        return path
 
     def numbers(self) -> list[int]:
         """Numbers of the segments there are, ascending; the last is the active one."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from itertools import accumulate
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,7 @@ from kvstore.timestamps import (
 )
 
 Inclusive = Literal["both", "left"]
+_SOON_BYTES: Final = 1 << 20  # less is all decompressed in the time that a second piece costs
 
 
 class Range(NamedTuple):
@@ -182,9 +184,12 @@ class Scan(NamedTuple):
         finally:
             segment.close()
 
-    def damaged(self, entry: Entry, error: KvstoreError) -> None:
-        """Report a batch that cannot be read, with all that is known of it."""
-        self.on_damage(damage(self.info.name, self.info.schema, entry, error))
+    def damaged(self, entry: Entry, error: KvstoreError, given: int = 0) -> None:
+        """Report a batch that cannot be read, with all that is known of it.
+
+        given: how many of its rows have been handed out before.
+        """
+        self.on_damage(damage(self.info.name, self.info.schema, entry, error, given))
 
     def _rows(self, part: Entry | Totals) -> str:
         return rows_text(self.info.schema, part)
@@ -210,7 +215,7 @@ def read(
     if not ordered:
         return (
             dict(zip(names, columns, strict=True))
-            for _, columns in _columns(scan, numbers, verify=verify)
+            for _, columns in _columns(scan, numbers, verify=verify, soon=True)
         )
     return _merged(scan, names, numbers, verify=verify)
 
@@ -232,35 +237,50 @@ def count(scan: Scan) -> int:
 
 
 def _columns(
-    scan: Scan, numbers: Sequence[int], *, verify: bool
+    scan: Scan, numbers: Sequence[int], *, verify: bool, soon: bool = False
 ) -> Iterator[tuple[Entry, list[Array]]]:
+    """The columns of batch after batch. soon: of the first one, a short piece comes first."""
     for segment, entry in scan.entries():
+        given = 0
         try:
-            columns = _fetch(scan, segment, entry, numbers, verify=verify)
-        except (DamageError, StoreFormatError) as error:
-            scan.damaged(entry, error)
-        else:
-            if columns is not None:
+            for columns in _pieces(scan, segment, entry, numbers, verify=verify, soon=soon):
                 yield entry, columns
+                given, soon = given + len(columns[0]), False
+        except (DamageError, StoreFormatError) as error:
+            scan.damaged(entry, error, given)
 
 
-def _fetch(
-    scan: Scan, segment: Segment, entry: Entry, numbers: Sequence[int], *, verify: bool
-) -> list[Array] | None:
-    """The columns of one batch, cut at the range's ends; None where no row is inside."""
+def _pieces(
+    scan: Scan, segment: Segment, entry: Entry, numbers: Sequence[int], *, verify: bool, soon: bool
+) -> Iterator[list[Array]]:
+    """The columns of one batch, cut at the range's ends: nothing, all at once, or in two pieces."""
     schema = scan.info.schema
-    if scan.range.covers(entry.first, entry.last):
-        return filled(schema, segment, entry, numbers, verify=verify)
-    times = scan.times(segment, entry, verify=verify)
-    inside = scan.range.rows(times)
-    if inside.start == inside.stop:
-        return None
+    inside, times = slice(0, entry.rows), None
+    if not scan.range.covers(entry.first, entry.last):
+        times = scan.times(segment, entry, verify=verify)
+        inside = scan.range.rows(times)
     time = schema.number(schema.time)
-    others = [number for number in numbers if number != time]
-    columns = iter(filled(schema, segment, entry, others, part=inside, verify=verify))
-    # Times asked for twice (ordered=True) are two arrays, as of whole batches: cut and copied,
-    # so that a few rows do not hold the memory of all.
-    return [times[inside].copy() if number == time else next(columns) for number in numbers]
+    others = [number for number in numbers if times is None or number != time]
+    middle = _first_stop(entry, numbers, inside) if soon else inside.start
+    for part in (slice(inside.start, middle), slice(middle, inside.stop)):
+        if part.start < part.stop:
+            columns = iter(filled(schema, segment, entry, others, part=part, verify=verify))
+            # Times asked for twice (ordered=True) are two arrays, as of whole batches: cut and
+            # copied, so that a few rows do not hold the memory of all.
+            yield [
+                next(columns) if times is None or number != time else times[part].copy()
+                for number in numbers
+            ]
+
+
+def _first_stop(entry: Entry, numbers: Sequence[int], inside: slice) -> int:
+    """Where the frame ends that rows begin in, if much more than it is asked for."""
+    wanted = [number for number in numbers if number < len(entry.blocks)]
+    if sum(entry.blocks[number][1] for number in wanted) <= _SOON_BYTES:
+        return int(inside.start)
+    ends = [accumulate(rows for rows, *_ in entry.frames_of(number)) for number in wanted]
+    later = [end for each in ends for end in each if inside.start < end < inside.stop]
+    return min(later, default=int(inside.start))
 
 
 def filled(
@@ -283,9 +303,12 @@ def filled(
     ]
 
 
-def damage(stream: str, schema: Schema, entry: Entry, error: KvstoreError) -> DamageError:
+def damage(
+    stream: str, schema: Schema, entry: Entry, error: KvstoreError, given: int = 0
+) -> DamageError:
     """The report of a batch that cannot be read, with all that is known of it."""
-    report = DamageError(f"stream {stream!r}, {rows_text(schema, entry)} cannot be read: {error}")
+    rows = (f"all but the first {given} of " if given else "") + rows_text(schema, entry)
+    report = DamageError(f"stream {stream!r}, {rows} cannot be read: {error}")
     report.__cause__ = error
     return report
 

@@ -49,6 +49,7 @@ from kvstore.timestamps import (
 
 INLINE_BYTES: Final = 256  # smaller blocks live in the index record: no page of their own
 PAGE_ENTRIES: Final = 256  # index records per transaction of a scan: about 50 µs
+_FIRST_PAGE_ENTRIES: Final = 8  # of the first one: whoever wants a row or two waits for no more
 MAP_SPARE_BYTES: Final = 4 << 30  # address range beyond segment_bytes: no commit is that large
 OnDamage = Callable[[DamageError], None]
 _SPAN_CLASSES: Final = 65
@@ -91,13 +92,17 @@ class EncodedBatch(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An index record: what a scan yields. blocks: (codec, raw, stored, checksum[, data])."""
+    """An index record: what a scan yields. blocks: (codec, raw, stored, checksum[, data]).
+
+    frames: of each block, (rows, stored, checksum) of each frame; empty where none has several.
+    """
 
     key: bytes
     rows: int
     first: Any
     last: Any
     blocks: Sequence[Sequence[Any]]
+    frames: Sequence[Sequence[codec.Frame]] = ()
 
     @property
     def order(self) -> bytes:
@@ -113,6 +118,10 @@ class Entry(NamedTuple):
     def raw_bytes(self) -> int:
         """Bytes of the rows when decompressed."""
         return sum(block[1] for block in self.blocks)
+
+    def frames_of(self, number: int) -> Sequence[codec.Frame]:
+        """The frames of a field's block; none where it has only one."""
+        return self.frames[number] if number < len(self.frames) else ()
 
 
 @dataclass(slots=True)
@@ -266,8 +275,9 @@ class Segment:
         prefix = _STREAM_CLASS.pack(stream_id, span)
         seek = prefix + encode_key(seek_ns(start_ns, span), 0)
         end = prefix + encode_key(stop_ns, 2**64 - 1)
+        count = _FIRST_PAGE_ENTRIES
         while True:
-            page = self._page(seek, end)
+            page = self._page(seek, end, count)
             for key, value in page:
                 try:
                     entry = read_entry(key, value)
@@ -275,15 +285,15 @@ class Segment:
                     on_damage(error)
                 else:
                     yield entry
-            if len(page) < PAGE_ENTRIES:
+            if len(page) < count:
                 return
-            seek = page[-1][0] + b"\0"
+            seek, count = page[-1][0] + b"\0", PAGE_ENTRIES
 
-    def _page(self, seek: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
+    def _page(self, seek: bytes, end: bytes, count: int) -> list[tuple[bytes, bytes]]:
         page: list[tuple[bytes, bytes]] = []
         with self.environment.read() as txn, txn.cursor(self.environment.index) as cursor:
             more = cursor.set_range(seek)
-            while more and len(page) < PAGE_ENTRIES:
+            while more and len(page) < count:
                 key = bytes(cursor.key())
                 if key > end:
                     break
@@ -343,7 +353,15 @@ class Segment:
             raise DamageError(f"field {field_.name!r}: its block is missing or cut short")
         try:
             return codec.decode(
-                data, kind, raw_bytes, expected, field_, rows=entry.rows, part=part, verify=verify
+                data,
+                kind,
+                raw_bytes,
+                expected,
+                field_,
+                rows=entry.rows,
+                part=part,
+                frames=entry.frames_of(number),
+                verify=verify,
             )
         except DamageError as error:
             raise DamageError(f"field {field_.name!r}: {error}") from error
@@ -378,6 +396,8 @@ class Segment:
                 txn.put(key + _NUMBER.pack(number), block.data, db=self.environment.blocks)
             listed.append(entry)
         record = [key, batch.rows, batch.first, batch.last, listed]
+        if any(block.frames for block in batch.blocks):
+            record.append([block.frames for block in batch.blocks])
         order_key = _SEQUENCE.pack(batch.stream_id, batch.sequence)
         fresh = txn.put(key, codec.packed(record), overwrite=False, db=self.environment.index)
         if not fresh or not txn.put(order_key, key[4:], overwrite=False, db=self.environment.order):

@@ -101,13 +101,14 @@ class Stream(Exchange):
     ) -> Iterator[Batch]:
         """Batches of the rows with start <= time <= stop, as dicts of new arrays.
 
+        A large first batch comes in two pieces, a short one first, so that a read begins soon.
         start, stop: float seconds, ISO 8601 text, datetime, datetime64, or int with ``unit``;
         None is the very beginning or end. inclusive="left" leaves ``stop`` itself out.
         fields: which ones, in this order; all by default.
         ordered: merge rows strictly by time; else batches come by their first time and may
         overlap where data arrived late. verify=False skips the checksums.
         on_damage: called with a DamageError for each batch that cannot be read, which is then
-        left out; by default the error is raised.
+        left out, but for a first piece; by default the error is raised.
         """
         scan = self._scan(start, stop, unit=unit, inclusive=inclusive, on_damage=on_damage)
         return reading.read(scan, fields, ordered=ordered, verify=verify)

@@ -97,6 +97,23 @@ def _is_entry(entry: Entry) -> bool:
         and entry.first <= entry.last
         and len(entry.blocks) <= FIELDS_MAX
         and all(_is_block(*block) for block in entry.blocks)
+        and len(entry.frames) in (0, len(entry.blocks))
+        and all(
+            _are_frames(frames, entry.rows, block[2])
+            for frames, block in zip(entry.frames, entry.blocks, strict=False)
+        )
+    )
+
+
+def _are_frames(frames: Any, rows: int, stored_bytes: int) -> bool:
+    """None, or several that are together what the block is."""
+    if not frames:
+        return True
+    counts, sizes, checksums = zip(*frames, strict=True)
+    return (
+        all(_is_count(each) and each for each in (*counts, *sizes))
+        and all(type(each) is int and 0 <= each < 2**64 for each in checksums)
+        and (sum(counts), sum(sizes)) == (rows, stored_bytes)
     )
 
 
@@ -211,10 +228,17 @@ def _is_totals(totals: Totals) -> bool:
     )
 
 
-def decode_block(block: Sequence[Any], data: bytes | None, field: Field, rows: int) -> Array:
+def decode_block(
+    block: Sequence[Any],
+    data: bytes | None,
+    field: Field,
+    rows: int,
+    frames: Sequence[codec.Frame] = (),
+) -> Array:
     """One block of an index record, decoded; DamageError where it is not what was stored.
 
     data: what the table of blocks holds for it; None where it is missing or in the record.
+    frames: those that the record lists, to be checked as well.
     """
     kind, raw_bytes, stored_bytes, expected, *inline = block
     data = inline[0] if inline else data
@@ -230,6 +254,7 @@ def decode_block(block: Sequence[Any], data: bytes | None, field: Field, rows: i
     if not fits:
         raise DamageError(f"its index record says {raw_bytes} bytes for {values} values")
     try:
+        codec.check_frames(data, frames)
         return codec.decode(memoryview(data), kind, raw_bytes, expected, field, rows=rows)
     except _NONSENSE as error:
         raise DamageError(f"its block cannot be decoded: {error!r}") from error

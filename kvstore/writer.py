@@ -325,8 +325,11 @@ class Writer:
         largest = max(range(len(columns)), key=lambda number: columns[number].nbytes)
         others = [number for number in range(len(columns)) if number != largest]
         fields = schema.fields
-        rest = self._encode([columns[n] for n in others], [fields[n] for n in others], copy=True)
-        mine = codec.encode(columns[largest], fields[largest])
+        begins = _begins(columns, fields)
+        rest = self._encode(
+            [columns[n] for n in others], [fields[n] for n in others], begins, copy=True
+        )
+        mine = codec.encode(columns[largest], fields[largest], begins=begins)
         blocks = rest.result()
         item.blocks = [*blocks[:largest], mine, *blocks[largest:]]
         return item
@@ -334,18 +337,19 @@ class Writer:
     def _encoding(self, info: StreamInfo, schema: Schema, columns: list[Array]) -> Queued:
         """A batch whose blocks are made on other threads, from memory that nobody changes."""
         item = _item(info, schema, columns)
-        item.blocks = self._encode(columns, schema.fields, copy=False)
+        begins = _begins(columns, schema.fields)
+        item.blocks = self._encode(columns, schema.fields, begins, copy=False)
         return item
 
     def _encode(
-        self, columns: list[Array], fields: Sequence[Field], *, copy: bool
+        self, columns: list[Array], fields: Sequence[Field], begins: Sequence[int], *, copy: bool
     ) -> Future[list[codec.Block]]:
         """Blocks made on another thread; on this one where that costs less, or at exit."""
         if sum(column.nbytes for column in columns) > _HAND_OVER_BYTES:
             with suppress(RuntimeError):  # at exit the pool's threads have ended
-                return self._pool.submit(_blocks, columns, fields, copy=copy)
+                return self._pool.submit(_blocks, columns, fields, begins, copy=copy)
         made: Future[list[codec.Block]] = Future()
-        made.set_result(_blocks(columns, fields, copy=copy))
+        made.set_result(_blocks(columns, fields, begins, copy=copy))
         return made
 
 
@@ -353,9 +357,16 @@ def _now_s() -> float:
     return ticks_ns() / 1e9
 
 
-def _blocks(columns: list[Array], fields: Sequence[Field], *, copy: bool) -> list[codec.Block]:
+def _begins(columns: Sequence[Array], fields: Sequence[Field]) -> list[int]:
+    """At which rows the frames of a batch begin, the same for all of its fields."""
+    return codec.cuts(len(columns[0]), max(field.row_bytes for field in fields))
+
+
+def _blocks(
+    columns: list[Array], fields: Sequence[Field], begins: Sequence[int], *, copy: bool
+) -> list[codec.Block]:
     return [
-        codec.encode(column, field, copy=copy)
+        codec.encode(column, field, copy=copy, begins=begins)
         for column, field in zip(columns, fields, strict=True)
     ]
 

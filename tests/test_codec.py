@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import struct
 import tracemalloc
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
@@ -106,10 +107,16 @@ def test_part_of_the_rows_is_what_slicing_all_of_them_gives(
             array = numbers[:count].astype(plain).view(field.np_dtype).reshape(rows, *shape)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(codec, "FRAME_BYTES", frame_bytes)
+        patched.setattr(codec, "FIRST_FRAME_BYTES", frame_bytes // 2)
         patched.setattr(codec, "FRAME_BYTES_MIN", 1)
+        patched.setattr(codec, "_FIELD_FRAME_BYTES_MIN", 1)
         block = codec.encode(array, field)
         part = slice(*ends)
         out = decoded(block, field, rows, part=part)
+        for verify in (True, False):
+            again = decoded(block, field, rows, part=part, frames=block.frames, verify=verify)
+            assert again.shape == out.shape
+            assert again.tolist() == out.tolist() or np.array_equal(bits(again), bits(out))
     assert out.dtype == array.dtype
     assert out.shape == array[part].shape
     assert out.tolist() == array[part].tolist() or np.array_equal(bits(out), bits(array[part]))
@@ -190,12 +197,12 @@ def test_floats_and_bools_are_never_narrowed():
 
 
 def test_frames_of_one_block_have_their_own_widths():
-    per_frame = codec.FRAME_BYTES // 8
-    steps = [5, -300, 70_000, -(2**40), 0]
-    array = np.concatenate([np.resize(np.array([0, top]), per_frame) for top in steps])
+    first, following = codec.FIRST_FRAME_BYTES // 8, codec.FRAME_BYTES // 8
+    steps = {5: first, -300: following, 70_000: following, -(2**40): following, 0: 9}
+    array = np.concatenate([np.resize(np.array([0, top]), n) for top, n in steps.items()])
     assert [each[1] for each in round_trip(array)] == [1, 2, 4, 8, 1]
-    narrow = round_trip(array.reshape(-1, 4)[:, :3].copy())
-    assert len(narrow) == 4
+    narrow = round_trip(array[:-1].reshape(-1, 8)[:, :3].copy())
+    assert len(narrow) == 2
 
 
 def test_a_row_is_never_cut_and_one_larger_than_a_frame_has_its_own():
@@ -204,9 +211,102 @@ def test_a_row_is_never_cut_and_one_larger_than_a_frame_has_its_own():
     assert [each[2] for each in round_trip(rows)] == [width] * 3
     rows = np.arange(300_000 * 3, dtype="i4").reshape(-1, 3) % 100
     found = [each[2] for each in round_trip(rows)]
-    assert len(found) == 4
+    assert len(found) == 3
     assert not any(raw_bytes % 3 for raw_bytes in found)
     assert not any(raw_bytes % 8 for raw_bytes in found[:-1])  # else Blosc shuffles no bits
+
+
+@given(rows=st.integers(0, 5000), row_bytes=st.integers(0, 3 << 20))
+def test_frames_are_cut_at_rows_the_first_one_short(rows, row_bytes):
+    begins = codec.cuts(rows, row_bytes)
+    assert begins[0] == 0
+    assert begins == sorted(set(begins))
+    sizes = [(stop - start) * row_bytes for start, stop in pairwise(begins)]
+    assert all(0 < size <= max(codec.FRAME_BYTES, row_bytes) for size in sizes)
+    assert max(sizes[:1], default=0) <= max(codec.FIRST_FRAME_BYTES, row_bytes)
+    assert bool(sizes) == (rows > 1 and rows * row_bytes > 2 * codec.FIRST_FRAME_BYTES)
+
+
+PARTED = {
+    "frames": np.arange(400_000) // 7,
+    "raw": np.random.default_rng(2).integers(0, 2**63, 400_000),
+}
+
+
+def parted(name):
+    """A block of four frames, its field, the rows at which they begin, where its bytes do."""
+    block = codec.encode(PARTED[name], Field("v", "i8"))
+    rows = [0, *accumulate(each.rows for each in block.frames)]
+    places = [0, *accumulate(each.stored_bytes for each in block.frames)]
+    assert len(block.frames) == 3
+    assert (rows[-1], places[-1]) == (400_000, len(block.data))
+    return block, Field("v", "i8"), rows, places
+
+
+@pytest.mark.parametrize("name", PARTED)
+def test_part_of_the_rows_needs_only_the_frames_that_hold_it(name):
+    block, field, rows, places = parted(name)
+    cases = [
+        (0, 1),
+        (rows[1] - 1, rows[1]),
+        (rows[1], rows[2]),
+        (5, rows[2] + 1),
+        (399_999, 400_000),
+    ]
+    for start, stop in cases:
+        part, frames = slice(start, stop), block.frames
+        out = decoded(block, field, 400_000, part=part, frames=frames)
+        assert np.array_equal(out, PARTED[name][part])
+        for number, place in enumerate(places[:-1]):
+            flipped = bytearray(block.data)
+            flipped[place + 20] ^= 4
+            holds = rows[number] < stop and start < rows[number + 1]
+            rotten = block._replace(data=flipped)
+            if holds:
+                with pytest.raises(DamageError, match="checksum"):
+                    decoded(rotten, field, 400_000, part=part, frames=frames)
+            else:
+                same = decoded(rotten, field, 400_000, part=part, frames=frames)
+                assert np.array_equal(same, out)
+            with pytest.raises(DamageError, match="checksum"):
+                decoded(rotten, field, 400_000, frames=frames)
+            with pytest.raises(DamageError, match="checksum"):
+                codec.check_frames(flipped, frames)
+
+
+@pytest.mark.parametrize("name", PARTED)
+def test_frames_that_are_not_the_block_s_are_refused(name):
+    block, field, *_ = parted(name)
+    one, two, three = block.frames
+    codec.check_frames(block.data, block.frames)
+    shifted = [one._replace(rows=one.rows - 1), two._replace(rows=two.rows + 1), three]
+    inside = slice(one.rows + 5, one.rows + 9)
+    with pytest.raises(DamageError):
+        decoded(block, field, 400_000, part=inside, frames=shifted)
+    for frames in (
+        [one, two],
+        [one, three, two],
+        [one._replace(rows=one.rows - 1), two, three],
+        [one._replace(stored_bytes=one.stored_bytes + 8), two, three],
+        [one, two, three._replace(stored_bytes=three.stored_bytes + 8)],
+    ):
+        with pytest.raises(DamageError):
+            decoded(block, field, 400_000, part=slice(1, 399_999), frames=frames)
+        if len(frames) < 3:
+            with pytest.raises(DamageError):
+                decoded(block, field, 400_000, part=slice(1, 9), frames=frames, verify=False)
+
+
+def test_fields_of_a_batch_have_their_frames_at_the_same_rows_or_fewer():
+    begins = codec.cuts(900, 4096)
+    wide, half, narrow, least = (
+        codec.encode(np.zeros((900, n), "i4"), Field("v", "i4", (n,)), begins=begins)
+        for n in (1024, 512, 64, 1)
+    )
+    assert [each.rows for each in wide.frames] == [128, 384, 384, 4]
+    assert [each.rows for each in half.frames] == [128, 384, 384, 4]
+    assert [each.rows for each in narrow.frames] == [512, 384, 4]
+    assert least.frames == ()
 
 
 def test_bits_are_shuffled_where_that_saves_room_and_bytes_elsewhere():

@@ -157,6 +157,8 @@ def without_codec_choices(path, leave_out=(), *, is_old=False):
             blocks = list(zip(dtypes[key[:4]], value[4], strict=False))
             opening = (opened(tables, key, n, *each) for n, each in enumerate(blocks))
             value[4] = [each[-1] if is_old else each for each in opening]
+            frames = [[rows for rows, *_ in each] for each in value[5]] if value[5:] else []
+            value[5:] = [] if is_old else [frames]
         meta = {key: value for key, value in meta.items() if not key.startswith(tuple(leave_out))}
         for key, value in meta.items():
             if key.startswith(b"total:"):
@@ -198,21 +200,29 @@ def test_todays_writer_makes_the_same_records(name, tmp_path):
 
 def test_golden_stores_hold_every_case_of_the_format():
     codecs, classes, versions, shapes = Counter(), set(), set(), set()
+    listed = set()
     for file in GOLDEN.glob("*/segments/*.mdb"):
         tables = read_tables(file)
         for key, value in tables["index"].items():
             classes.add(key[4])
             codecs.update((block[0], len(block) == 5) for block in record(value)[4])
             shapes |= set(frames_of(tables, key, record(value)[4]))
+            listed |= set(listed_frames(*record(value)[4:]))
         for key, value in tables["meta"].items():
             versions |= {len(record(value)[2])} if key.startswith(b"stream:") else set()
     assert set(codecs) == {(kind, inline) for kind in range(4) for inline in (False, True)}
+    assert {(codec.RAW, 0), (codec.RAW, 3), (codec.FRAMES, 0), (codec.FRAMES, 3)} < listed
     assert {0, 1, 64} < classes
     assert versions == {1, 2}
     assert {version_of(each) for each in GOLDEN.glob("*/")} == set(state.FORMATS)
     by_bytes = {(0, "bytes", width) for width in (1, 2, 4, 8)}
     assert by_bytes | {(0, "bits", 1), (0, "bits", 2)} < shapes
     assert {(1, "as it is", 1), (1, "as it is", 8), (2, "bytes", 1), (2, "bytes", 4)} < shapes
+
+
+def listed_frames(blocks, frames=()):
+    """Codec of each block, and how many frames the record lists of it."""
+    return [(block[0], len(each)) for block, each in zip(blocks, frames, strict=False)]
 
 
 def frames_of(tables, key, blocks):

@@ -43,7 +43,9 @@ FLOORS = (
     ("check", "damaged", "verify", "salvage", "recover", "backup", "ingest", "survey"),
     ("plots",),
     ("sockets", "notify", "serve", "metrics"),
-    ("telemetry", "dayfiles"),
+    ("dayfiles",),
+    ("hourly", "daystreams", "dayplots", "daycluster"),
+    ("telemetry",),
     ("__init__",),
     ("cli",),
     ("__main__",),
@@ -56,6 +58,9 @@ THIRD_PARTY = {
     "codec": {"numcodecs", "lz4", "xxhash", "msgpack"},
     "cli": {"typer", "rich"},
     "plots": {"matplotlib"},
+    "dayfiles": {"pyarrow"},
+    "dayplots": {"pyarrow", "matplotlib"},
+    "daycluster": {"distributed"},
     "export": {"pyarrow", "pandas", "h5py", "zarr", "xarray", "torch"},
     "telemetry": {
         "msgspec",
@@ -67,7 +72,6 @@ THIRD_PARTY = {
         "sqlalchemy",
         "fastavro",
     },
-    "dayfiles": {"polars", "pyarrow", "matplotlib", "dask", "distributed"},
 }
 
 # What `import kvstore` may load, with whatever these load themselves.

@@ -24,6 +24,7 @@ from powercut import checker, disk, recorder
 from stores import quick_first
 
 import kvstore
+from kvstore import libc
 
 SEGMENT_BYTES = 1 << 16  # a roll every few commits
 APPENDS = 60  # in each session
@@ -60,6 +61,7 @@ def appended(number: int) -> tuple[str, dict[str, Any]]:
 def write_store(root: Path) -> None:
     """Two sessions; after each flush, a mark in the log says how many appends are durable."""
     path = root / "run.kv"
+    libc.APPEND_BYTES_MIN = 1  # as commits of megabytes are written
     leave_an_interrupted_creation(path)
     with kvstore.open(path, mode="w", segment_bytes=SEGMENT_BYTES) as store:
         recorder.mark("0")

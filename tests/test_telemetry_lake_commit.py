@@ -294,6 +294,28 @@ def test_an_accepted_rollback_reads_again_from_there(path):
         assert len(read_all(sink)) == 3
 
 
+def test_snapshots_do_not_add_up(path, monkeypatch):
+    """Each costs every commit; what is tagged stays, and so does what is committed."""
+    monkeypatch.setattr(iceberg_commit, "SNAPSHOTS_MAX", 4)
+    monkeypatch.setattr(iceberg_side, "SIDE_SNAPSHOTS_MAX", 4)
+    with lakes.opened(path) as sink:
+        made = lakes.first_work(sink, [data.row(second=0)])
+        sink.commit(made)
+        table = sink._lake.table()
+        tagged = table.current_snapshot().snapshot_id
+        table.manage_snapshots().create_tag(tagged, "training").commit()
+        for n in range(1, 9):
+            made = data.next_work(made, [data.row(second=n, offset=10 * n)])
+            sink.commit(made)
+        assert sink.settle(made) is not None
+        assert len(read_all(sink)) == 9
+        assert sum(each.value for each in sink.counts()) == 18
+        found = [each.snapshot_id for each in sink._lake.table().metadata.snapshots]
+        assert tagged in found
+        assert len(found) <= 6
+        assert len(sink._lake.table(COUNTS).metadata.snapshots) <= 6
+
+
 def test_other_tools_may_write_on_top(path):
     with lakes.opened(path) as sink:
         sink.commit(lakes.first_work(sink, [data.row()]))

@@ -6,6 +6,7 @@ The sink is a real store; the source is a list of chunks, and calls what a sourc
 from __future__ import annotations
 
 import json
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,6 +20,7 @@ from kvstore.telemetry import pipeline as loop
 from kvstore.telemetry.pipeline import Limits, Pipeline
 from kvstore.telemetry.records import Chunk, Place, Position
 
+POLLS_MAX = 100_000
 P0, P1 = Place("kafka:c/t", 0), Place("kafka:c/t", 1)
 
 
@@ -61,7 +63,9 @@ class Script:
 
     def poll(self, **limits):
         self.polls.append(limits)
+        assert len(self.polls) < POLLS_MAX, "who should have stopped goes on"
         if not self.steps:
+            time.sleep(0 if self.ends_ else 0.001)
             return None if self.ends_ else []
         step = self.steps.pop(0)
         if callable(step):

@@ -1,6 +1,7 @@
 """One store in a process of its own: ``python -m bench.compare.child ACT PEER STORE PACKETS``.
 
-What was measured goes to stderr as one line of JSON. Before anything is timed a few rows go
+What was measured goes to stderr as one line of JSON: seconds by the clock and, of all threads, of
+CPU, which say on a busy machine what the clock does not. Before anything is timed a few rows go
 through a small store, so that imports and pools of threads are paid for. What is read is
 touched, a value in each 4 KiB, and its rows are counted.
 """
@@ -14,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -23,7 +25,6 @@ import numpy as np
 from bench.compare.packets import FIELDS, load
 from bench.compare.peer import EVER, Peer, files, peer
 from bench.figure import BenchError
-from bench.measure import seconds
 
 if TYPE_CHECKING:
     from kvstore.schema import Batch
@@ -41,7 +42,7 @@ def write(store: Peer, path: Path, packets: Path) -> dict[str, float]:
     """Write every packet."""
     batches = load(packets)
     _warm_up(store, path, batches[0])
-    return {"write_s": seconds(lambda: store.write(path, batches))}
+    return _timed("write", lambda: store.write(path, batches))
 
 
 def read(store: Peer, path: Path, packets: Path) -> dict[str, float]:
@@ -60,15 +61,10 @@ def read(store: Peer, path: Path, packets: Path) -> dict[str, float]:
     full()
     spectral()
     _used(store, path, FIELDS, *spans[0])
-    return {
-        "full_s": seconds(full),
-        "spectral_s": seconds(spectral),
-        "range_s": median(seconds(lambda s=s: _used(store, path, FIELDS, *s)) for s in spans),  # type: ignore[misc]
-        "first_s": median(
-            seconds(lambda s=s, e=end: _first(store, path, s, e))  # type: ignore[misc]
-            for s, _, end in places
-        ),
-    }
+    ranges = [partial(_used, store, path, FIELDS, start, stop) for start, stop in spans]
+    firsts = [partial(_first, store, path, start, end) for start, _, end in places]
+    found = _timed("full", full) | _timed("spectral", spectral)
+    return found | _timed("range", *ranges) | _timed("first", *firsts)
 
 
 def keep(store: Peer, path: Path, packets: Path) -> dict[str, float]:
@@ -80,7 +76,7 @@ def keep(store: Peer, path: Path, packets: Path) -> dict[str, float]:
         kept = list(store.read(path, -EVER, EVER, list(FIELDS)))
         _expect(sum(map(_touched, kept)), rows)
 
-    return {"kept_s": seconds(full)}
+    return _timed("kept", full)
 
 
 def cold(store: Peer, path: Path, packets: Path) -> dict[str, float]:
@@ -88,7 +84,7 @@ def cold(store: Peer, path: Path, packets: Path) -> dict[str, float]:
     batches = load(packets)
     rows = _rows(batches)
     _warm_up(store, path, batches[0])
-    return {"cold_s": seconds(lambda: _expect(_used(store, path, FIELDS), rows))}
+    return _timed("cold", lambda: _expect(_used(store, path, FIELDS), rows))
 
 
 def live(store: Peer, path: Path, packets: Path) -> dict[str, float]:
@@ -126,7 +122,18 @@ def memcpy(_: Peer, __: Path, packets: Path) -> dict[str, float]:
             for name, array in batch.items():
                 np.copyto(memory[name][: len(array)], array)
 
-    return {"memcpy_s": seconds(copy)}
+    return _timed("memcpy", copy)
+
+
+def _timed(name: str, *acts: Callable[[], object]) -> dict[str, float]:
+    """Medians of the seconds, by the clock and of CPU, that each took."""
+    taken, used = [], []
+    for act in acts:
+        started, cpu = time.perf_counter_ns(), time.process_time_ns()
+        act()
+        used.append((time.process_time_ns() - cpu) / 1e9)
+        taken.append((time.perf_counter_ns() - started) / 1e9)
+    return {f"{name}_s": median(taken), f"{name}_cpu_s": median(used)}
 
 
 def _warm_up(store: Peer, path: Path, batch: Batch) -> None:

@@ -131,6 +131,8 @@ def _rates(found: Values, size: int, stored: int) -> Values:
     rates["spectral"] = size / PARTICLE_BYTES / 1e6 / found["spectral_s"]
     rates["range"], rates["first"] = found["range_s"] * 1e3, found["first_s"] * 1e3
     rates |= {at: found[at] for at in ("write_mb", "read_mb")}
+    rates |= {f"{act}_cpu": found[f"{act}_cpu_s"] * GB / size for act in ("write", "full", "kept")}
+    rates |= {f"{act}_cpu": found[f"{act}_cpu_s"] * 1e3 for act in ("range", "first")}
     if "live_rows_s" in found:
         rates["live"] = found["live_rows_s"] * PARTICLE_BYTES / GB
     return rates

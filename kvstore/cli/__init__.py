@@ -12,7 +12,19 @@ from typing import Annotated, Final
 
 import typer
 
-from kvstore.cli import capture, check, export, limits, plot, query, replay, stats, telemetry
+from kvstore.cli import (
+    capture,
+    check,
+    dayfiles,
+    dayplot,
+    export,
+    limits,
+    plot,
+    query,
+    replay,
+    stats,
+    telemetry,
+)
 from kvstore.cli import write as writing
 from kvstore.cli.terminal import FAILED, complain, open_standard_files
 from kvstore.errors import KvstoreError
@@ -63,6 +75,7 @@ app.command(
         "kvstore export run.kv -o run.parquet",
         "kvstore export run.kv -o minute.h5 --start 2026-02-17T15:32 --stop 2026-02-17T15:33",
         "kvstore export run.kv -o spectra.npy --fields spectral --last 10s",
+        "kvstore export lab.kv --stream room --every 5s --layout hourly -o out/",
     )
 )(export.export)
 app.command(
@@ -114,6 +127,8 @@ app.command(
 )(limits.pin)
 app.command(epilog=_examples("kvstore unpin run.kv 1"))(limits.unpin)
 app.add_typer(telemetry.app)
+dayfiles.app.command(epilog=dayplot.EPILOG)(dayplot.plot)
+app.add_typer(dayfiles.app, name="dayfiles")
 
 
 def _show_version(wanted: bool) -> None:

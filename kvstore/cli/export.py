@@ -6,12 +6,13 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import typer
 
 from kvstore import libc
 from kvstore import store as stores
+from kvstore.cli.dayfiles import Every, Fill, Hold, Trim, WithFlags
 from kvstore.cli.options import (
     FieldNames,
     Json,
@@ -27,6 +28,7 @@ from kvstore.cli.options import (
 )
 from kvstore.cli.query import Reading, check_range, row_progress, start_of_last, stream_name
 from kvstore.cli.terminal import LOSS, progress_bar, quiet_if_closed, say
+from kvstore.export.extras import needed_for
 from kvstore.export.files import FORMATS, LOADABLE, check_format, write_file
 from kvstore.ingest import PARTICLES
 from kvstore.stream import Stream
@@ -49,6 +51,17 @@ def export(
     fields: FieldNames = None,
     limit: Limit = None,
     ordered: Ordered = False,
+    layout: Annotated[
+        Literal["file", "hourly"],
+        typer.Option(
+            help="hourly: a regular grid, in a folder, STREAM/YEAR/MONTH/DAY/HOUR.parquet."
+        ),
+    ] = "file",
+    every: Every = "5s",  # type: ignore[assignment]  # typer parses defaults
+    fill: Fill = "hold",
+    hold: Hold = None,
+    with_flags: WithFlags = False,
+    trim: Trim = False,
     as_json: Json = False,
 ) -> None:
     """Write a time range to a file for other tools.
@@ -58,6 +71,13 @@ def export(
     that damaged batches had to be left out.
     """
     check_range(start, stop, last)
+    if layout == "hourly":
+        if limit or ordered:
+            raise typer.BadParameter("--limit and --ordered do not go with --layout hourly")
+        chosen = (every, fill, hold, with_flags, trim)
+        span = (start, stop, last)
+        _export_hourly(path, output, span, stream, fields, chosen=chosen, as_json=as_json)
+        return
     _check_suffix(output, FORMATS)
     check_format(output)
     libc.keep_freed_memory()
@@ -81,6 +101,28 @@ def export(
     say(f"{rows:,} rows to {output}")
     if reading.damaged:
         raise typer.Exit(LOSS)
+
+
+def _export_hourly(
+    path: Path, root: Path, span: tuple[Any, Any, Any], name: str | None, fields: str | None,
+    *, chosen: tuple[Any, ...], as_json: bool,
+) -> None:  # fmt: skip
+    with needed_for("--layout hourly", extra="dayfiles"):
+        from kvstore import hourly  # noqa: PLC0415  # loads pyarrow
+        from kvstore.dayfiles.grid import Settings  # noqa: PLC0415
+    start, stop, last = span
+    with stores.open_store(path) as store:
+        target = store[stream_name(store, name)]
+        start = start if last is None else start_of_last(target, last)
+        root.mkdir(parents=True, exist_ok=True)
+        written = hourly.export(
+            target, root, Settings(*chosen), start=start, stop=stop, fields=field_names(fields)
+        )
+    if as_json:
+        _print_json(folder=str(root), stream=target.name, **written._asdict())
+    say(f"{written.rows:,} rows on {written.hours:,} hours in {root}/{target.name}")
+    if written.left_out:
+        say(f"left out, more than a value a row: {', '.join(written.left_out)}")
 
 
 def import_(

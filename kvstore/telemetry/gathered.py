@@ -26,6 +26,7 @@ class Gathered:
     bytes: int = 0
     since_s: float = 0.0  # monotonic
     now_us: int = 0
+    oldest_us: int | None = None  # when the source took its first event, or we did
 
     def places(self) -> list[Place]:
         """In order of their first chunk."""
@@ -43,6 +44,7 @@ class Gathered:
             sum(map(bytes_of, chunks)),
             self.since_s,
             self.now_us,
+            self.oldest_us,
         )
 
 

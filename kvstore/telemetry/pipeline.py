@@ -159,7 +159,7 @@ class Pipeline:
                 self._land()
                 raise
             if not chunks or (self._flying is not None and self._flying.flight.done()):
-                self._land()
+                self._land()  # its failure is known, and its figures, though nothing more comes
             if chunks is None:
                 break
             for chunk in chunks:
@@ -184,9 +184,10 @@ class Pipeline:
         if not held.chunks:
             held.since_s, held.now_us = time.monotonic(), self._clock()
             taken = chunk.appended_us
-            self.progress.oldest_unsent_us = (
-                int(taken[0]) if taken is not None and len(taken) else held.now_us
-            )
+            is_told = taken is not None and len(taken) > 0
+            held.oldest_us = int(taken[0]) if taken is not None and is_told else held.now_us
+            if self.progress.oldest_unsent_us is None:  # else the commit under way has it
+                self.progress.oldest_unsent_us = held.oldest_us
         held.validated.append(self._validator.validate(chunk, run=self.run_id))
         held.chunks.append(chunk)
         held.events += len(chunk.payloads)
@@ -356,7 +357,7 @@ class Pipeline:
             newest = int(work.readings.ts_us.max())
             progress.watermark_us = max(progress.watermark_us or newest, newest)
         progress.committed_us = work.committed_us
-        progress.oldest_unsent_us = None
+        progress.oldest_unsent_us = self._held.oldest_us
         self._say(
             "committed",
             f"committed {events} events: {outcome.stored} stored, {outcome.duplicates} "

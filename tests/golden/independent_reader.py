@@ -90,7 +90,7 @@ def read_batches(
     assert len(tables["order"]) == len(tables["index"])
     used = set()
     for key, value in tables["index"].items():
-        own_key, count, first, last, blocks = record(value)
+        own_key, count, first, last, blocks, *framed = record(value)
         stream_id, (span, biased_ns, sequence) = key[:4], struct.unpack(">BQQ", key[4:])
         assert own_key == key == stream_id + tables["order"][stream_id + key[-8:]]
         _, time, versions, fields = streams[stream_id]
@@ -107,6 +107,9 @@ def read_batches(
             assert xxhash.xxh3_64_intdigest(data) == checksum
             assert codec in CODECS[version]
             columns.append(decode(data, codec, raw_bytes, field, count))
+            if framed:
+                assert version > 1
+                check_frames(data, codec, framed[0][number], count)
             sizes = [sizes[0] + raw_bytes, sizes[1] + stored_bytes]
         number = [field[0] for field in fields].index(time)
         times, dtype = columns[number], fields[number][1]
@@ -117,6 +120,21 @@ def read_batches(
         totals = [count, 1, *sizes, first, last, sequence + 1]
         yield stream_id, key[5:], times, columns, totals
     assert used == set(tables["blocks"])
+
+
+def check_frames(data: bytes, codec: int, frames: list[Any], count: int) -> None:
+    """Section 6.3, the frames that an index record lists: none, or all of two and more."""
+    assert len(frames) != 1
+    position = rows = 0
+    for row_count, stored_bytes, checksum in frames:
+        part = data[position : position + stored_bytes]
+        assert xxhash.xxh3_64_intdigest(part) == checksum
+        if codec == 3:
+            assert struct.unpack_from("<I", part, 12)[0] == stored_bytes == len(part)
+        else:
+            assert (codec, stored_bytes * count) == (0, row_count * len(data))
+        position, rows = position + stored_bytes, rows + row_count
+    assert not frames or (position, rows) == (len(data), count)
 
 
 def to_ns(time: float, dtype: str) -> int:

@@ -266,10 +266,24 @@ def make_operated(maker: Maker) -> None:
 
 def make_framed(maker: Maker) -> None:
     """Frames: several to a block, each of its own width; by bits, by bytes, and as they are."""
-    make_widths(maker)
-    make_long(maker)
-    make_large_rows(maker)
-    maker.commit()
+    with frames_of_bytes(512 << 10):
+        make_widths(maker)
+        make_long(maker)
+        make_large_rows(maker)
+    with frames_of_bytes(64 << 10):
+        make_noise(maker)
+        maker.commit()
+
+
+@contextmanager
+def frames_of_bytes(size: int) -> Iterator[None]:
+    """How many rows make a frame is the writer's choice: these stores keep theirs."""
+
+    def cuts(rows: int, row_bytes: int) -> list[int]:
+        return list(range(0, rows, max(1, size // row_bytes)))
+
+    with mock.patch("kvstore.codec.cuts", cuts):
+        yield
 
 
 def make_widths(maker: Maker) -> None:
@@ -331,6 +345,19 @@ def make_large_rows(maker: Maker) -> None:
         "wave": np.stack([n % 50 / 4, n * 0.0, n * 0.0]).astype("f4"),
     }
     maker.append("large", rows)
+
+
+def make_noise(maker: Maker) -> None:
+    """Frames of a block that does not compress; a field of one, and one beside them of two."""
+    rng = random.Random(6)
+    fields = [Field("noise", "i8", (8,)), Field("steps", "i4", (16,)), Field("few", "i2")]
+    maker.define("noise", Field("time", "f8"), *fields, time="time")
+    rows = 2100
+    values = [[rng.getrandbits(63) for _ in range(8)] for _ in range(rows)]
+    n = np.arange(rows)
+    steps = (n[:, None] // 300 * np.ones(16)).astype("i4")
+    noise = {"time": n / 4, "noise": np.array(values), "steps": steps, "few": (n % 3).astype("i2")}
+    maker.append("noise", noise)
 
 
 STORES = {

@@ -12,7 +12,14 @@ from typing import Any, Final
 
 from kvstore.telemetry.records import Outcome, Position
 from kvstore.telemetry.sinks import iceberg_state as states
-from kvstore.telemetry.sinks.iceberg_lake import Change, Lake, swap, translated
+from kvstore.telemetry.sinks.iceberg_lake import (
+    SNAPSHOTS_MAX,
+    Change,
+    Lake,
+    swap,
+    translated,
+    trim,
+)
 
 NOTHING: Final = Outcome(0, 0, 0, 0)
 
@@ -49,6 +56,7 @@ def advance(lake: Lake, table: Any, before: states.State, after: states.State, s
         for entry in step.entries:
             producer.append_data_file(entry)
         producer.commit()
+        trim(transaction, SNAPSHOTS_MAX)
         after = after.moved(
             step.moved,
             snapshot=int(producer.snapshot_id),

@@ -353,8 +353,24 @@ def accept_rollback(lake: Lake) -> list[Position]:
                     f"{lake.location}: where {lost[0]} was read up to is not known any more: the "
                     "snapshots that say so have expired. Roll forward to a snapshot that has it"
                 )
-            after, changed = state.rewound(offered, states.past_head(table.metadata))
+            head = _still_there(lake, states.past_head(table.metadata), state.head)
+            after, changed = state.rewound(offered, head)
         with raced(attempt):
             advance(lake, table, state, after, Step(f"rollback-{uuid.uuid4()}"))
             return changed
     raise AssertionError
+
+
+def _still_there(lake: Lake, past: states.Head, now: states.Head) -> states.Head:
+    """The past head; where a side table's snapshot has expired, with the present one.
+
+    Letters are unique by their place, so those that come again are the same ones. Counts then add
+    what is read again to what was counted: `kvstore telemetry audit` tells.
+    """
+    letters = lake.table(DEAD_LETTERS).metadata.snapshot_by_id(past.letters or -1)
+    counts = lake.table(COUNTS).metadata.snapshot_by_id(past.counts or -1)
+    return replace(
+        past,
+        letters=past.letters if letters or past.letters is None else now.letters,
+        counts=past.counts if counts or past.counts is None else now.counts,
+    )

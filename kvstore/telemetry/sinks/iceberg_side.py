@@ -43,6 +43,7 @@ from kvstore.telemetry.sinks import iceberg_rows as rows
 from kvstore.telemetry.sinks.iceberg_lake import (
     COUNTS,
     DEAD_LETTERS,
+    SIDE_SNAPSHOTS_MAX,
     Change,
     Lake,
     raced,
@@ -50,6 +51,7 @@ from kvstore.telemetry.sinks.iceberg_lake import (
     scan,
     swap,
     translated,
+    trim,
 )
 from kvstore.telemetry.sinks.iceberg_write import Piece, write
 
@@ -89,6 +91,7 @@ def stage(
             for file in write(table, [Piece((), edit.rows)]):
                 producer.append_data_file(file)
             producer.commit()
+            trim(transaction, SIDE_SNAPSHOTS_MAX)
         with raced(attempt):
             swap(transaction, lake.location)
             return int(producer.snapshot_id)

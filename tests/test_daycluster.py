@@ -1,0 +1,116 @@
+"""Day files on a real Dask scheduler with two worker processes, one of which dies in its work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from dayexports import plant, scatter, seconds
+from test_dayfiles import tree
+
+from kvstore.dayfiles import etl
+from kvstore.dayfiles.grid import Settings
+from kvstore.errors import DayfilesError
+
+distributed = pytest.importorskip("distributed", reason="Dask is an extra: 'kvstore[dask]'")
+daycluster = pytest.importorskip("kvstore.daycluster")
+pytestmark = pytest.mark.slow  # two worker processes take seconds to start
+
+DEADLINE_S = 120
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def until(is_true):
+    deadline = time.monotonic() + DEADLINE_S
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts scheduler and workers; none of them is left."""
+    children = []
+
+    def begin(module, *args):
+        command = [sys.executable, "-W", "ignore", "-m", f"distributed.cli.{module}", *args]
+        log = (tmp_path / f"{module}-{len(children)}.log").open("wb")
+        with log:
+            child = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path)
+        children.append(child)
+        return child
+
+    yield begin
+    for child in children:
+        child.kill()
+        child.wait()
+
+
+@pytest.fixture
+def scheduler(start):
+    port = free_port()
+    start("dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
+    until(lambda: answers(port))
+    return f"tcp://127.0.0.1:{port}"
+
+
+def answers(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def worker(start, scheduler):
+    options = ("--nthreads", "1", "--no-nanny", "--no-dashboard", "--host", "127.0.0.1")
+    return start("dask_worker", scheduler, *options)
+
+
+def test_a_cluster_whose_worker_dies_makes_the_same_bytes(tmp_path, start, scheduler):
+    rows = [
+        row
+        for day in range(1, 9)
+        for row in plant(seconds(f"2024-03-0{day}T22:00:00"), seconds(f"2024-03-0{day}T22:20:00"))
+    ]
+    scatter(tmp_path / "data", rows)
+    etl.convert(tmp_path / "data", tmp_path / "here", Settings())
+    dying, _ = worker(start, scheduler), worker(start, scheduler)
+    with distributed.Client(scheduler, set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=DEADLINE_S)
+    killed = []
+
+    def kill_one(progress):
+        if progress.days and not killed:
+            killed.append(dying.pid)
+            os.kill(dying.pid, signal.SIGKILL)
+
+    outcome = etl.convert(
+        tmp_path / "data",
+        tmp_path / "there",
+        Settings(),
+        run=daycluster.on_cluster(scheduler),
+        progress=kill_one,
+    )
+    assert killed
+    assert len(outcome.made) == len(outcome.records)
+    assert tree(tmp_path / "there") == tree(tmp_path / "here")
+
+
+def test_no_scheduler_and_no_workers_are_said(tmp_path, scheduler, monkeypatch):
+    scatter(
+        tmp_path / "data", plant(seconds("2024-03-01T22:00:00"), seconds("2024-03-01T22:01:00"))
+    )
+    monkeypatch.setattr(daycluster, "CONNECT_S", 3)
+    for address, said in ((scheduler, "no workers"), ("tcp://127.0.0.1:1", "no Dask scheduler")):
+        with pytest.raises(DayfilesError, match=said):
+            etl.convert(
+                tmp_path / "data", tmp_path / "out", Settings(), run=daycluster.on_cluster(address)
+            )
