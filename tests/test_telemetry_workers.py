@@ -288,6 +288,7 @@ def test_a_worker_dies_anywhere_in_a_commit(kafka, hire, fleet, target, sink):
     fleet.check(where)
 
 
+@pytest.mark.slow
 def test_a_second_worker_cannot_open_a_store(hire, kafka, target):
     """Why the embedded sink has no column for a rebalance: one process, held by the lock."""
     where, topic = target("kvstore"), kafka.create()

@@ -38,7 +38,7 @@ from kvstore.telemetry.sources.kafka import KafkaSource
 
 PARTITIONS: Final = 4
 # Tansu lets the first member of a group wait for half of a session.
-OPTIONS: Final = {"session.timeout.ms": 6000, "heartbeat.interval.ms": 500}
+OPTIONS: Final = {"session.timeout.ms": 2000, "heartbeat.interval.ms": 300}
 TARGET: Final = Rule("value", ">=", 100_000)
 BARE: Final = 10_000  # messages of one call
 
