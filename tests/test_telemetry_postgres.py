@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from subprocess import run
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 import psycopg
@@ -327,6 +330,23 @@ def test_old_days_are_dropped_whole(target, sink, put):
     assert target.ask("SELECT count(*) FROM {s}.commits") == [(2,)]
     sink.drop_before(data.NOW_US + 1)
     assert target.ask("SELECT count(*) FROM {s}.commits") == [(0,)]
+
+
+def test_the_command_drops_days_and_says_which(target, sink, put):
+    put([data.row(second=n * DAY_S, offset=n) for n in range(2)])
+    command = [sys.executable, "-m", "kvstore", "telemetry", "drop"]
+    joint = "&" if "?" in target.url else "?"
+    where = {**os.environ, "TARGET": f"{target.url}{joint}schema={quote(target.schema, safe='')}"}
+    done = run(
+        [*command, "${TARGET}", "--before", "2025-01-21", "--json"],
+        capture_output=True,
+        env=where,
+        check=False,
+    )
+    assert json.loads(done.stdout) == {"dropped": ["readings_20250120"]}, done.stderr
+    assert len(list(read_all(sink))) == 1
+    refused = run([*command, "ops.kv", "--before", "2025-01-21"], capture_output=True, check=False)
+    assert refused.returncode == 2
 
 
 def test_a_day_that_somebody_dropped_is_made_again(target, sink, put):

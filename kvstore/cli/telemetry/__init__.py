@@ -13,6 +13,7 @@ from kvstore.cli.telemetry import (
     check,
     contract,
     demo,
+    drop,
     ingest,
     maintain,
     migrate,
@@ -90,6 +91,7 @@ app.command(
         "maintain lake/ --accept-rollback",
     )
 )(maintain.maintain)
+app.command(epilog=examples("drop postgresql://ops@db/telemetry --before 2025-01-20"))(drop.drop)
 app.command(
     epilog=examples(
         "migrate lake/ --to postgresql://ops@db/telemetry --from 2025-01-01 --until 2025-02-01",
