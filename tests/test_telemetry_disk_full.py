@@ -1,4 +1,4 @@
-"""A full disk under the embedded sink: waited for or given up; nothing lost, nothing twice."""
+"""A full disk under a store or a lake: waited for or given up; nothing lost, nothing twice."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from test_disk_full import ballast, volume  # noqa: F401  # a fixture
 
 from kvstore.errors import SinkError, StoreError
 from kvstore.telemetry.pipeline import Limits, Pipeline
+from kvstore.telemetry.sinks.iceberg import IcebergSink
 from kvstore.telemetry.sinks.stream import StreamSink
 from kvstore.telemetry.sources.files import FilesSource
 
@@ -44,8 +45,8 @@ def file(tmp_path):
     return file
 
 
-def ingest(file, path, *, retry_s, sleep=lambda _: None):
-    with StreamSink.open(path, data.BRIEF) as sink:
+def ingest(file, path, *, retry_s, sleep=lambda _: None, kind=StreamSink):
+    with kind.open(path, data.BRIEF) as sink:
         limits = Limits(rows_max=2000, wait_s=1000.0, retry_s=retry_s)
         source = lambda: FilesSource([file], run="r")  # noqa: E731
         return Pipeline(source, sink, data.BRIEF, limits=limits, sleep=sleep).run()
@@ -80,3 +81,15 @@ def test_or_it_ends_with_an_error_and_a_later_run_has_the_rest(file, path, volum
         ingest(file, path, retry_s=0.0)
     assert ingest(file, path, retry_s=0.0).received < EVENTS
     check(path)
+
+
+def test_a_lake_says_so_and_a_later_run_has_the_rest(file, volume):  # noqa: F811
+    lake = str(volume / "lake")
+    with IcebergSink.open(lake, data.BRIEF) as sink:
+        sink.evolve(data.BRIEF)
+    with ballast(volume, leaving=LEFT_BYTES), pytest.raises(SinkError, match="no room on the disk"):
+        ingest(file, lake, retry_s=0.0, kind=IcebergSink)
+    ingest(file, lake, retry_s=0.0, kind=IcebergSink)
+    with IcebergSink.open(lake, data.BRIEF, mode="r") as sink:
+        assert len(read_all(sink)) == EVENTS
+    shutil.rmtree(lake)

@@ -12,6 +12,7 @@ answer: it may or may not have happened, and nothing written for it may be delet
 from __future__ import annotations
 
 import contextlib
+import errno
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -206,6 +207,11 @@ def check_types(table: Any, contract: Contract) -> None:
 
 # ---- changing a table ----
 
+NO_ROOM: Final = (
+    "no room on the disk; what was committed is intact: make room and start again, "
+    "it goes on where the lake's positions stand"
+)
+
 
 def swap(transaction: Any, location: str) -> None:
     """Commit: the catalog's compare-and-set. LostRace or CommitUnknown where it is not done."""
@@ -214,9 +220,10 @@ def swap(transaction: Any, location: str) -> None:
     except (CommitFailedException, ValidationException) as error:
         raise LostRace(str(error)) from error
     except Exception as error:
+        what = NO_ROOM if is_full(error) else f"{type(error).__name__}: {error}"
         raise CommitUnknown(
-            f"{location}: no answer to a commit ({type(error).__name__}: {error}); "
-            "it may or may not be there: settle it before going on"
+            f"{location}: no answer to a commit ({what}); it may or may not be there: "
+            "settle it before going on"
         ) from error
 
 
@@ -270,7 +277,15 @@ def translated(location: str, *, missing: type[Exception] = SinkError) -> Iterat
     except FileNotFoundError as error:
         raise missing(f"{location}: a file of the lake is missing: {error}") from error
     except Exception as error:
+        if is_full(error):
+            raise SinkError(f"{location}: {NO_ROOM}") from error
         raise SinkError(f"{location}: {type(error).__name__}: {error}") from error
+
+
+def is_full(error: Exception) -> bool:
+    """Whether that says that a disk is full: of files, or of the SQLite catalog."""
+    number = getattr(error, "errno", None)
+    return number in {errno.ENOSPC, errno.EDQUOT} or "disk is full" in str(error)
 
 
 class Change(Transaction):  # type: ignore[misc]
