@@ -689,16 +689,31 @@ def test_help_explains_every_command_with_examples_that_exist(here):
     assert (whole.code, whole.err) == (0, "")
     assert run().code == 2  # nothing asked for: the same help, as wrong usage
     assert "Usage: kvstore" in run().err + run().text
-    commands = re.findall(r"^  (\w+)  +[A-Z]", whole.text.split("Commands:")[1], re.MULTILINE)
-    assert commands[:4] == ["generate", "write", "read", "replay"]  # in the order of their use
-    helps = {name: here(name, "-h").text for name in commands}
-    for text in [whole.text, *helps.values()]:
+    assert commands_in(whole.text)[:4] == [
+        "generate",
+        "write",
+        "read",
+        "replay",
+    ]  # as they are used
+    helps = {"": whole.text}
+    todo = commands_in(whole.text)
+    for name in todo:  # grows with the commands of groups
+        helps[name] = here(*name.split(), "-h").text
+        todo += [f"{name} {each}" for each in commands_in(helps[name])]
+    assert "telemetry rejects list" in helps
+    for text in helps.values():
         assert "Traceback" not in text
-        examples = re.findall(r"kvstore (\w+) ([^|>\n]*)", text.split("Examples:")[1])
+        examples = re.findall(r"kvstore ([a-z][^|>\n]*)", text.split("Examples:")[1])
         assert examples
-        for name, words in examples:
-            for option in re.findall(r"(?<!\S)--?[a-z][a-z-]*", words):
-                assert option in helps[name]
+        for example in examples:
+            name = max((n for n in helps if f"{example} ".startswith(f"{n} ")), key=len)
+            for option in re.findall(r"(?<!\S)--?[a-z][a-z-]*", example):
+                assert option in helps[name], (name, option)
+
+
+def commands_in(text):
+    """The commands that a group's help lists."""
+    return re.findall(r"^  (\w+)  +[A-Z]", text.partition("Commands:")[2], re.MULTILINE)
 
 
 def test_help_speaks_of_the_real_defaults():

@@ -24,18 +24,22 @@ from kvstore.cli.telemetry import (
     simulate,
 )
 
-app = typer.Typer(
-    name="telemetry",
-    help="Device events, exactly once, into an operational store and a lake.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
 
 def examples(*lines: str) -> str:
     """The text below a command's help."""
     return "\n".join(["\b", "Examples:", *(f"  kvstore telemetry {line}" for line in lines)])
+
+
+app = typer.Typer(
+    name="telemetry",
+    help="Device events, exactly once, into an operational store and a lake.",
+    epilog=examples(
+        "demo", "ingest events.jsonl --store ops.kv", "quality ops.kv --since 1h --html report.html"
+    ),
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 app.command(
@@ -55,6 +59,7 @@ app.command(
 
 contracts = typer.Typer(
     help="What an event has to be, and what a new version would change.",
+    epilog=examples("contract show", "contract diff v2 v3.yaml --against ops.kv"),
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -75,7 +80,25 @@ app.command(
         "query ops.kv --start 2025-01-20T10:00 --stop 2025-01-20T11:00 --format jsonl --lineage",
     )
 )(query.query)
-app.add_typer(rejects.app)
+letters = typer.Typer(
+    help="Events that were refused: look at them, send them through the contract again.",
+    epilog=examples("rejects list ops.kv", "rejects replay ops.kv --reason range --dry-run"),
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+letters.command(
+    "list",
+    epilog=examples("rejects list ops.kv", "rejects list ops.kv --reason conflict --json"),
+)(rejects.list_)
+letters.command(epilog=examples("rejects show ops.kv PLACE"))(rejects.show)
+letters.command(
+    epilog=examples(
+        "rejects replay ops.kv --reason range --dry-run",
+        "rejects replay ops.kv --contract v3.yaml",
+    )
+)(rejects.replay)
+letters.command(epilog=examples("rejects discard ops.kv --reason json"))(rejects.discard)
+app.add_typer(letters, name="rejects")
 app.command(epilog=examples("audit events.jsonl ops.kv"))(audit.audit)
 app.command(
     epilog=examples(

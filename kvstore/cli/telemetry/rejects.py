@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from kvstore.telemetry.records import DeadLetter
     from kvstore.telemetry.rejects import Wanted
 
-app = typer.Typer(
-    name="rejects",
-    help="Events that were refused: look at them, send them through the contract again.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
 _SHOWN_CHARS = 60
 
 Sinks = Annotated[
@@ -154,10 +148,6 @@ def discard(
         count = rejects.discard(opened, wanted, state=target, dry_run=dry_run)
     verb = "would be" if dry_run else "are"
     say(f"{count:,} dead letters {verb} {target.value}")
-
-
-for command in (list_, show, replay, discard):
-    app.command(command.__name__.rstrip("_"))(command)
 
 
 def record(letter: DeadLetter) -> dict[str, Any]:
