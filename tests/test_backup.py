@@ -453,7 +453,7 @@ def kill_backups(path, dest, kills):
 
 
 def test_killed_backups_are_whole_or_absent(path, dest):
-    kill_backups(path, dest, 8)
+    kill_backups(path, dest, 4)
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ def quick_or_slow(measurement):
     return pytest.mark.slow if measurement.name in ("startup", "memory") else ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "measurement",
     [pytest.param(each, id=each.name, marks=quick_or_slow(each)) for each in cli.MEASUREMENTS],
@@ -179,6 +180,7 @@ def test_what_cannot_be_measured_is_reported_and_the_exit_code_says_so(
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
+@pytest.mark.slow
 def test_a_soak_checks_its_books(tmp_path):
     report = tmp_path / "soak.json"
     arguments = ["soak", "--tiny", "--dir", str(tmp_path), "--json", str(report)]

@@ -56,6 +56,7 @@ def few(monkeypatch):
         monkeypatch.setattr(module, "settle", lambda _: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measurement", MEASUREMENTS)
 def test_every_measurement_gives_finite_figures(measurement, tmp_path):
     figures = measurement.run(Setting(tmp_path, TINY_BYTES, 1, 1))
@@ -67,6 +68,7 @@ def test_every_measurement_gives_finite_figures(measurement, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_command_writes_json_and_draws_curves(tmp_path, monkeypatch):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -96,6 +98,7 @@ def written(path, count=2000):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
@@ -142,6 +145,7 @@ def doubled(_, batch):
     return [batch, batch]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [all_but_one, only_the_first, doubled])
 def test_right_reads_pass_and_wrong_ones_fail_every_bench(tmp_path, monkeypatch, change):
     store = written(tmp_path / "run.kv")
@@ -186,6 +190,7 @@ def test_stores_that_lack_rows_or_have_more_fail(tmp_path):
             each()
 
 
+@pytest.mark.slow
 def test_packets_that_were_stored_wrong_are_found(tmp_path):
     size = 50 * small.PARTICLE_BYTES
     with kvstore.open(tmp_path / "run.kv", mode="w") as store:

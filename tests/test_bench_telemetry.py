@@ -18,6 +18,7 @@ TINY_BYTES = run.TINY_EVENTS * events.EVENT_BYTES
 NAMES = [measurement.name for measurement in run.MEASUREMENTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measurement", run.MEASUREMENTS, ids=NAMES)
 def test_every_measurement_gives_finite_figures(measurement):
     if measurement.name == "postgres" and binaries() is None and "CI" not in os.environ:
@@ -31,6 +32,7 @@ def test_every_measurement_gives_finite_figures(measurement):
         assert figure.value > 0
 
 
+@pytest.mark.slow
 def test_the_command_writes_json(tmp_path):
     disk, report = tmp_path / "disk", tmp_path / "telemetry.json"
     disk.mkdir()

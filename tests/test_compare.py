@@ -121,6 +121,7 @@ def test_the_whole_comparison_runs(in_process, tmp_path, capsys):
         assert all(row["name"] in shown for row in rows)
 
 
+@pytest.mark.slow
 def test_one_store_measured_in_real_processes(work, tmp_path):
     packets.save(tmp_path / "packets", work)
     found = run.measured("naive", tmp_path / "packets")

@@ -108,6 +108,7 @@ def test_the_tests_that_prove_the_promises_are_there():
         assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
 
 
+@pytest.mark.slow
 def test_the_shell_commands_run_in_order(tmp_path):
     python = f"'{sys.executable}'"
     path = shims(tmp_path / "bin", kvstore=f"{python} -m kvstore", python3=python)

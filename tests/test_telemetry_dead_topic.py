@@ -16,6 +16,8 @@ from kvstore.telemetry.kafka import parse_address
 from kvstore.telemetry.records import Place, Reason
 from kvstore.telemetry.sinks.stream import StreamSink
 
+pytestmark = pytest.mark.slow  # servers, processes or many files: CI runs it
+
 PLACE = Place("kafka:cluster/telemetry", 2)
 OTHER = Place("kafka:cluster/telemetry", 3)
 

@@ -18,6 +18,8 @@ from kvstore.telemetry.produce import LineProducer
 from kvstore.telemetry.records import Place, Position
 from kvstore.telemetry.sources.kafka import KafkaSource, consumer_options
 
+pytestmark = pytest.mark.slow  # servers, processes or many files: CI runs it
+
 WAIT_S = 60.0
 LIMITS = {"events_max": 10_000, "bytes_max": 1 << 20, "wait_s": 0.2}
 

@@ -27,6 +27,8 @@ from kvstore.telemetry.simulate import Fleet, Simulation
 from kvstore.telemetry.sinks.stream import StreamSink
 from kvstore.telemetry.sources.files import FilesSource
 
+pytestmark = pytest.mark.slow  # servers, processes or many files: CI runs it
+
 EVENTS = 1500
 ROWS = 100  # of a commit
 POINTS = ("before", "during", "after", "claim", "lost, made", "lost, not made", "never")
@@ -135,7 +137,6 @@ def test_a_run_after_a_fault_leaves_what_one_without_leaves(file, undisturbed, p
         check(file, folder / "ops.kv", undisturbed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_after_many_faults_leaves_what_one_without_leaves(file, undisturbed, seed):
     rng = random.Random(seed)

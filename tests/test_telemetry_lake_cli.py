@@ -17,6 +17,8 @@ from kvstore.telemetry.sinks.iceberg import IcebergSink, preflight
 from kvstore.telemetry.sinks.postgres import PostgresSink
 from kvstore.telemetry.sinks.stream import StreamSink
 
+pytestmark = pytest.mark.slow  # servers, processes or many files: CI runs it
+
 
 @pytest.fixture
 def run(capfd, monkeypatch):

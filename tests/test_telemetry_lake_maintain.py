@@ -17,6 +17,8 @@ from kvstore.telemetry.sinks.iceberg import IcebergSink
 from kvstore.telemetry.sinks.iceberg_lake import COUNTS, DEAD_LETTERS, READINGS
 from kvstore.telemetry.sinks.iceberg_maintain import maintain, referred
 
+pytestmark = pytest.mark.slow  # servers, processes or many files: CI runs it
+
 TABLES = (READINGS, DEAD_LETTERS, COUNTS)
 DAY_S = 86_400
 
@@ -200,7 +202,6 @@ def test_a_commit_without_an_answer_keeps_its_files_or_can_no_longer_arrive(path
         assert len(read_all(sink)) == 1
 
 
-@pytest.mark.slow
 def test_staged_garbage_goes(path, monkeypatch):
     made = filled(path, commits=2)
     with lakes.opened(path) as sink:
@@ -219,7 +220,6 @@ def test_staged_garbage_goes(path, monkeypatch):
     assert len(state(path)["letters"]) == len(before["letters"]) + 1
 
 
-@pytest.mark.slow
 def test_letters_can_be_changed_behind_it(path):
     filled(path)
     maintain(lakes.lake_at(path), keep_s=0, orphans_s=0, now_s=later(1))
@@ -243,7 +243,6 @@ def test_a_lake_that_was_rolled_back_is_left_alone(path):
     assert files(path) == before
 
 
-@pytest.mark.slow
 def test_large_files_are_left(path, monkeypatch):
     filled(path)
     monkeypatch.setattr(iceberg_maintain, "SMALL_ROWS", 1)
@@ -253,7 +252,6 @@ def test_large_files_are_left(path, monkeypatch):
     assert {task.file.file_path for task in lake.table().scan().plan_files()} == before
 
 
-@pytest.mark.slow
 def test_compacted_files_have_a_bound(path, monkeypatch):
     filled(path, commits=12)
     monkeypatch.setattr(iceberg_maintain, "FILE_ROWS", 5)

@@ -23,6 +23,8 @@ from kvstore.telemetry.records import Outcome
 from kvstore.telemetry.sinks.iceberg_maintain import maintain
 from kvstore.telemetry.sinks.stream import StreamSink
 
+pytestmark = pytest.mark.slow  # servers, processes or many files: CI runs it
+
 ROWS = [
     data.row(
         f"d{n % 3}",

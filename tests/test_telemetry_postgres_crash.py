@@ -31,6 +31,8 @@ from kvstore.errors import CommitUnknown, Fenced, SinkError
 from kvstore.telemetry.records import Outcome
 from kvstore.telemetry.sinks.postgres import PostgresSink, session
 
+pytestmark = pytest.mark.slow  # servers, processes or many files: CI runs it
+
 WAIT_S = 60
 EVENTS = 100
 
