@@ -267,6 +267,33 @@ def rolled_back(path, commits):
     return made
 
 
+def test_who_reads_changes_no_byte_of_a_lake(path):
+    sink = lakes.opened(path)
+    sink.commit(lakes.first_work(sink, [data.row()], [data.rejection(1)]))
+    sink._lake.close()  # as a writer that was killed: its letters are staged, and not on main
+
+    def files():
+        return {each: each.read_bytes() for each in path.rglob("*") if each.is_file()}
+
+    before = files()
+    with IcebergSink.open(str(path), data.BRIEF, mode="r") as reader:
+        assert len(list(reader.dead_letters())) == 1
+        assert len(read_all(reader)) == 1
+    assert files() == before
+
+
+def test_a_catalog_that_is_held_does_not_fail_a_writer_that_is_done(path, monkeypatch):
+    def held(*_):
+        raise CommitUnknown("no answer")
+
+    with lakes.opened(path) as sink:
+        sink.commit(lakes.first_work(sink, [data.row()], [data.rejection(1)]))
+        monkeypatch.setattr(iceberg_side, "publish", held)
+    monkeypatch.undo()
+    with IcebergSink.open(str(path), data.BRIEF, mode="r") as reader:
+        assert len(list(reader.dead_letters())) == 1
+
+
 def test_a_rollback_is_an_error_that_offers_the_positions(path):
     made = rolled_back(path, 3)
     sink = IcebergSink.open(str(path))

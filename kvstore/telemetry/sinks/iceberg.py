@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import numpy as np
 
-from kvstore.errors import Fenced
+from kvstore.errors import Fenced, SinkError
 from kvstore.telemetry import counts
 from kvstore.telemetry.records import (
     Claim,
@@ -115,8 +115,9 @@ class Decided:
 class IcebergSink:
     """A lake. Make one with ``open``."""
 
-    def __init__(self, lake: Lake):
+    def __init__(self, lake: Lake, *, writes: bool = True):
         self._lake = lake
+        self._writes = writes
         table = lake.table()
         buckets = [
             f.transform.num_buckets for f in table.spec().fields if f.name.endswith("bucket")
@@ -139,15 +140,18 @@ class IcebergSink:
         lake = open_lake(
             location, catalog=catalog, create=create, contract=contract, buckets=buckets
         )
-        return cls(lake)
+        return cls(lake, writes=create)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         try:
-            if exc_info[0] is None:
-                self._publish()
+            # Who reads changes nothing. What cannot be published now is by the next commit: to us
+            # all of it is committed, and other tools may be one commit behind.
+            if self._writes and exc_info[0] is None:
+                with contextlib.suppress(SinkError):
+                    self._publish()
         finally:
             self._lake.close()
 
