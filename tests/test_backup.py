@@ -458,7 +458,7 @@ def test_killed_backups_are_whole_or_absent(path, dest):
 
 @pytest.mark.slow
 def test_many_killed_backups(path, dest):
-    kill_backups(path, dest, 40)
+    kill_backups(path, dest, 24)
 
 
 def test_a_full_disk_leaves_the_earlier_backup(broken_path, tmp_path):

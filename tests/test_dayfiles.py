@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dayreference
 import pyarrow.parquet as pq
+import pytest
 from dayexports import module, plant, save, scatter, seconds, tags
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -122,6 +123,7 @@ def test_every_cell_is_that_of_the_reference(data):
         check(root, expected)
 
 
+@pytest.mark.slow
 def test_a_plant_of_three_days_is_that_of_the_reference(tmp_path):
     rows = plant(seconds("2024-02-28T22:00:00"), seconds("2024-03-01T01:00:00"))
     rows = [row for row in rows if row[0] % 86400 < 4000 or row[0] % 86400 > 82000]

@@ -350,6 +350,7 @@ def test_of_a_parquet_page_with_flipped_bits_nothing_is_stored(path, tmp_path):
         assert "s" not in store
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [*TYPED, "csv"])
 def test_progress_goes_from_nothing_to_all(path, tmp_path, suffix):
     need(suffix)

@@ -173,6 +173,7 @@ def test_the_copier_of_the_docs_copies_exactly_once_in_many_kills(path, tmp_path
 # ---- docs/follow.md ----
 
 
+@pytest.mark.slow
 def test_every_block_of_the_docs_is_run(tmp_path, monkeypatch, capsys):
     assert never_run(BLOCKS) == []
     path = shims(tmp_path / "bin", kvstore=f"'{sys.executable}' -m kvstore")

@@ -206,6 +206,7 @@ def ratio(array):
     return array.nbytes / len(Blosc("lz4", 5, Blosc.SHUFFLE).encode(array))
 
 
+@pytest.mark.slow
 def test_uniform_values_cover_int32_and_do_not_repeat():
     for array in values("uniform"):
         assert array.min() < -0.999 * 2**31

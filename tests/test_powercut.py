@@ -223,7 +223,7 @@ def test_every_promise_survives_a_power_cut(record):
 
 @pytest.mark.slow
 def test_every_promise_survives_many_power_cuts(record):
-    report = checker.check_log(record("nothing"), check_store, count=1500, seed=2, warm_up=warm_up)
+    report = checker.check_log(record("nothing"), check_store, count=1000, seed=2, warm_up=warm_up)
     assert not report.failures, report
 
 

@@ -118,6 +118,7 @@ def test_drops_and_pins_survive_power_cuts(record):
     assert set(report.met) == {"no store", "with drops", "without drops"}
 
 
+@pytest.mark.slow
 def test_a_drop_that_is_removed_before_it_is_recorded_is_caught(record):
     assert checker.is_caught(record("order"), check_store, count=STATES // 2, warm_up=warm_up)
 

@@ -379,5 +379,5 @@ def test_store_behaves_like_the_model():
 
 @pytest.mark.slow
 def test_store_behaves_like_the_model_for_long():
-    long = settings(max_examples=120, stateful_step_count=50, **COMMON)
+    long = settings(max_examples=60, stateful_step_count=50, **COMMON)
     run_state_machine_as_test(StoreMachine, settings=long)

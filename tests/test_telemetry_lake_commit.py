@@ -25,6 +25,8 @@ from kvstore.telemetry.sinks.iceberg_keys import Keys, Runs
 from kvstore.telemetry.sinks.iceberg_lake import COUNTS, DEAD_LETTERS, open_lake
 from kvstore.telemetry.sinks.iceberg_maintain import accept_rollback
 
+pytestmark = pytest.mark.slow  # many lakes: CI runs it
+
 EMPTY = {"positions": [], "rows": [], "letters": [], "counts": []}
 
 
