@@ -19,6 +19,8 @@ from kvstore.telemetry.contract import brief
 from kvstore.telemetry.records import Place, Position
 from kvstore.telemetry.validate import Validator
 
+pytestmark = pytest.mark.slow  # servers or many files: CI runs it
+
 EVENT = {
     "device_id": "sensor-123",
     "timestamp": "2025-01-20T10:15:30Z",

@@ -14,6 +14,8 @@ from kvstore.telemetry import avro
 from kvstore.telemetry.kafka import parse_address
 from kvstore.telemetry.produce import LineProducer
 
+pytestmark = pytest.mark.slow  # servers or many files: CI runs it
+
 LINES = [
     json.dumps(
         {
