@@ -165,8 +165,14 @@ class Worker:
             thread.start()
 
     def _listen(self):
+        """Two threads of the worker may tell at once: several objects in a line, and empty ones."""
+        decoder = json.JSONDecoder()
         for line in self.process.stdout:
-            self.told.append(json.loads(line))
+            rest = line.strip()
+            while rest:
+                told, end = decoder.raw_decode(rest)
+                self.told.append(told)
+                rest = rest[end:].strip()
 
     def _collect(self):
         self.errors.extend(self.process.stderr)
