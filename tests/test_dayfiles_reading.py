@@ -98,6 +98,15 @@ RETYPED = {
             ("__index_level_0__", pa.int64()),
         ])
     ),
+    "bytes": lambda t: t.cast(
+        pa.schema([
+            ("timestamp", pa.int64()),
+            ("payload_type", pa.binary()),
+            ("value", pa.binary()),
+            ("tags", pa.list_(pa.list_(pa.binary()))),
+            ("__index_level_0__", pa.int64()),
+        ])
+    ),
     "written tags": lambda t: t.set_column(
         3, "tags", pa.array([str(tags_).replace("'", "") for tags_ in t["tags"].to_pylist()])
     ),
@@ -158,6 +167,46 @@ def test_readings_of_less_than_a_second_are_in_the_order_of_their_times(place):
     etl.convert(place / "in", place / "out")
     found = pq.read_table(place / "out" / "system" / "2024" / "07" / "29" / "11.parquet")
     assert found["system_state"].to_pylist()[714] == "ERROR"
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("payload_type", pa.array([1, 2])),
+        ("tags", pa.array([[[1, 2]], [[3, 4]]])),
+        ("tags", pa.array(["[" * 100_000] * 2)),
+        ("tags", pa.array([[["phase", "." * 100]]] * 2)),
+        ("timestamp", pa.array([2**64 - 1, NOON], pa.uint64())),
+        ("timestamp", pa.array([2**63 // 10**9 - 3 * 86400] * 2)),
+    ],
+)
+def test_columns_of_odd_types_and_sizes_end_no_run(place, column, values):
+    columns = {"timestamp": [NOON, NOON], "payload_type": ["a", "b"], "value": ["1", "2"]}
+    columns |= {"tags": [tags(), tags()], column: values}
+    (place / "in").mkdir()
+    pq.write_table(pa.table(columns), place / "in" / "a.parquet")
+    outcome = etl.convert(place / "in", place / "out", Settings(hold_ns=7 * 86400 * 10**9))
+    assert outcome.files + len(outcome.skipped) == 1
+    assert len(outcome.made) <= 9
+
+
+@pytest.mark.parametrize("phase", ["x" * 300, "9" * 5000])
+def test_a_phase_that_is_no_name_for_a_folder_is_unplaced(place, phase):
+    table = {"timestamp": [NOON], "phase": [phase], "module": ["1"], "module_voltage": ["54"]}
+    (place / "in").mkdir()
+    pq.write_table(pa.table(table), place / "in" / "a.parquet")
+    [report] = etl.convert(place / "in", place / "out").made
+    assert (report.unplaced, report.files) == (1, {})
+
+
+def test_a_file_with_a_column_twice_is_foreign(place):
+    names = ["timestamp", "payload_type", "value", "tags", "timestamp"]
+    arrays = [pa.array([cell]) for cell in (NOON, "a", "1", "[]", NOON)]
+    (place / "in").mkdir()
+    pq.write_table(pa.Table.from_arrays(arrays, names=names), place / "in" / "a.parquet")
+    (place / "in" / "b.csv").write_text(",".join(names) + "\n1,a,1,[],1\n")
+    outcome = etl.convert(place / "in", place / "out")
+    assert [skipped.reason[:7] for skipped in outcome.skipped] == ["foreign", "foreign"]
 
 
 def test_a_module_that_appears_late_has_files_from_then_on(place):

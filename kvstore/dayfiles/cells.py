@@ -22,7 +22,7 @@ from kvstore.errors import TimeError
 from kvstore.timestamps import MAX_NS, NS_PER_S, to_time
 
 NO_TIME: Final = np.iinfo(np.int64).min
-_NS_MAX: Final = MAX_NS - 2 * 86400 * NS_PER_S  # so that a day and what is held stay in range
+_NS_MAX: Final = MAX_NS - 9 * 86400 * NS_PER_S  # a day, and the 7 that it is held, fit
 _INT64: Final[np.dtype[Any]] = np.dtype(np.int64)
 _PLAIN: Final = r"^-?[0-9]+(\.[0-9]+)?(e-?[0-9]+)?$"  # what Arrow is sure to parse
 _NUMBER: Final = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -42,6 +42,8 @@ def cells(column: pa.Array) -> Cells:
     codes, distinct = filled(column.indices, len(column.dictionary)), column.dictionary
     if column.indices.null_count:
         distinct = pa.concat_arrays([distinct, pa.nulls(1, distinct.type)])
+    if pa.types.is_binary(distinct.type) or pa.types.is_large_binary(distinct.type):
+        distinct = distinct.cast(pa.string())  # some tools leave out that bytes are text
     return Cells(codes, distinct)
 
 
@@ -50,6 +52,8 @@ def times_ns(distinct: pa.Array) -> Ints:
     kind = distinct.type
     if pa.types.is_integer(kind):
         seconds = filled(distinct.cast(pa.int64(), safe=False), NO_TIME)
+        if pa.types.is_uint64(kind):  # what is too large came out negative
+            seconds = np.where(seconds < 0, NO_TIME, seconds)
         bound = _NS_MAX // NS_PER_S
         fits = (seconds >= -bound) & (seconds <= bound)
         return np.where(fits, np.where(fits, seconds, 0) * NS_PER_S, NO_TIME)

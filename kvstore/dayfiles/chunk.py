@@ -80,7 +80,7 @@ class Kinds:
 
     def of_chunk(self, names: Cells, tags: Coded) -> tuple[list[Series | None], Codes]:
         """The combinations of name and tags that occur, and each row's."""
-        words = names.distinct.to_pylist()
+        words = texts(names.distinct)
         both = tags.codes.astype(np.int64) * len(words) + names.codes
         seen = np.zeros(len(tags.tags) * len(words), np.bool_)
         seen[both] = True
@@ -115,7 +115,7 @@ def tag_codes(tags: pa.Array, coder: TagCoder) -> Coded:
 def _parsed(text: str | None) -> Pairs | None:
     try:
         return frozenset(parsed_tags(text))
-    except ValueError:
+    except (ValueError, RecursionError):  # of [[[[…
         return None
 
 
@@ -123,9 +123,7 @@ def wide_chunk(batch: pa.RecordBatch, first_row: int, window: Window) -> Chunk:
     """The readings of a batch in the wide layout."""
     times = cells(batch.column(TIME))
     ns = times_ns(times.distinct)
-    phases, modules = cells(batch.column("phase")), cells(batch.column("module"))
-    trees = _trees(phases, modules)
-    pairs = phases.codes.astype(np.int64) * len(modules.distinct) + modules.codes
+    trees, pairs = wide_trees(batch)
     chunks = []
     for name in batch.schema.names:
         if name in WIDE or name == DROPPED:
@@ -139,12 +137,15 @@ def wide_chunk(batch: pa.RecordBatch, first_row: int, window: Window) -> Chunk:
     return _together(chunks)
 
 
-def _trees(phases: Cells, modules: Cells) -> list[str | None]:
-    return [
+def wide_trees(batch: pa.RecordBatch) -> tuple[list[str | None], Codes]:
+    """Trees of a wide batch, None for one that can have no folder, and which is each row's."""
+    phases, modules = cells(batch.column("phase")), cells(batch.column("module"))
+    trees = [
         tree_of(phase or None, module or None)
         for phase in map(_whole, texts(phases.distinct))
         for module in map(_whole, texts(modules.distinct))
     ]
+    return trees, phases.codes.astype(np.int64) * len(modules.distinct) + modules.codes
 
 
 def _whole(text: str | None) -> str | None:

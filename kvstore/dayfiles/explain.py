@@ -15,7 +15,17 @@ import numpy as np
 
 from kvstore.dayfiles import hours
 from kvstore.dayfiles.cells import cells, number, texts, times_ns
-from kvstore.dayfiles.chunk import TIME, WIDE, Kinds, Window, long_chunk, tag_codes, wide_chunk
+from kvstore.dayfiles.chunk import (
+    DROPPED,
+    TIME,
+    WIDE,
+    Kinds,
+    Window,
+    long_chunk,
+    tag_codes,
+    wide_chunk,
+    wide_trees,
+)
 from kvstore.dayfiles.day import HOLD_S_MAX, day_text
 from kvstore.dayfiles.exports import Export, batches_of, examined
 from kvstore.dayfiles.grid import (
@@ -34,7 +44,7 @@ from kvstore.dayfiles.grid import (
 from kvstore.dayfiles.manifest import Manifest, Record
 from kvstore.dayfiles.measures import TEXT_SUFFIX, Column, column
 from kvstore.dayfiles.readings import Merged, Part, merged
-from kvstore.dayfiles.series import column_of_header, tree_of
+from kvstore.dayfiles.series import column_of_header
 from kvstore.errors import DayfilesError
 from kvstore.timestamps import NS_PER_S
 
@@ -74,8 +84,8 @@ class Explanation(NamedTuple):
 def explain(path: Path, column_name: str, time_ns: int) -> Explanation:
     """Explain the value of a column in an hour file, in the bin that holds this time."""
     path = path.resolve()
-    facts = _facts(path)
-    root = path.parents[4]
+    facts = hours.facts_of(path)
+    root = path.parents[min(4, len(path.parents) - 1)]  # less of a file that was moved away
     place = (time_ns - facts.start_ns) // facts.every_ns * facts.every_ns + facts.start_ns
     value = _value(path, column_name, place)
     day = place // DAY_NS
@@ -88,19 +98,10 @@ def explain(path: Path, column_name: str, time_ns: int) -> Explanation:
     return found.explained(str(path), place, value, record.settings, absent)
 
 
-def _facts(path: Path) -> hours.Facts:
-    try:
-        return hours.facts_of(path)
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise DayfilesError(
-            f"{path}: no hour file of `kvstore dayfiles convert`: {error}"
-        ) from error
-
-
 def _value(path: Path, name: str, place: int) -> float | str | None:
     table = hours.read(path)
-    if name not in table.column_names or name == TIME:
-        known = [n for n in table.column_names if n != TIME]
+    known = [n for n in table.column_names if n != TIME and not n.endswith(hours.FLAG_SUFFIX)]
+    if name not in known:
         raise DayfilesError(f"{path}: no column {name!r} among {', '.join(known)}")
     times = (table[TIME].cast("int64").to_numpy() * 1000).tolist()
     if place not in times:
@@ -256,16 +257,12 @@ def _long_rows(batch: Any, kinds: Kinds) -> Iterator[tuple[str, int, int, str | 
 def _wide_rows(batch: Any) -> Iterator[tuple[str, int, int, str | None]]:
     times = cells(batch.column(TIME))
     ns = times_ns(times.distinct).tolist()
-    phases, modules = (batch.column(name).to_pylist() for name in WIDE[1:])
-    trees = [tree_of(_text(p), _text(m)) for p, m in zip(phases, modules, strict=True)]
+    trees, places = wide_trees(batch)
     for name in batch.schema.names:
-        if name in WIDE:
+        if name in WIDE or name == DROPPED:
             continue
         told = column_of_header(name).name
         for row, value in enumerate(batch.column(name).to_pylist()):
-            if value is not None:
-                yield f"{trees[row]}/{told}", row, ns[times.codes[row]], str(value)
-
-
-def _text(cell: object) -> str | None:
-    return None if cell is None else str(cell).removesuffix(".0")
+            tree = trees[places[row]]
+            if value is not None and tree is not None:
+                yield f"{tree}/{told}", row, ns[times.codes[row]], str(value)

@@ -35,10 +35,12 @@ from kvstore.dayfiles.chunk import (
     wide_chunk,
 )
 from kvstore.errors import DayfilesError
+from kvstore.timestamps import NS_PER_S
 
 _CHUNK_ROWS: Final = 1 << 20  # some 150 MB decoded; the real files have 5,000 to 65,000 rows
 _CSV_BLOCK_BYTES: Final = 16 << 20
 _SUFFIXES: Final = (".parquet", ".csv")
+_APART_NS: Final = 86400 * NS_PER_S  # rows that are further apart are no one stretch of time
 _BATCH_ERRORS: Final = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 Layout = Literal["long", "wide"]
@@ -47,8 +49,9 @@ Layout = Literal["long", "wide"]
 class Export(NamedTuple):
     """An export file as it was found.
 
-    name: its path below the input folder. first_ns, last_ns: of its rows' times. texts: columns of
-    texts, by their paths in Parquet. digest: of its content, empty until it was asked for.
+    name: its path below the input folder. spans: the stretches of time that its rows lie in, first
+    and last time of each: a row of 1970 must not claim all days since. texts: columns of texts, by
+    their paths in Parquet. digest: of its content, empty until it was asked for.
     """
 
     path: str
@@ -57,14 +60,18 @@ class Export(NamedTuple):
     size_bytes: int
     modified_ns: int
     rows: int
-    first_ns: int
-    last_ns: int
+    spans: tuple[tuple[int, int], ...]
     texts: tuple[str, ...]
     digest: str = ""
 
+    @property
+    def first_ns(self) -> int:
+        """Its first time."""
+        return self.spans[0][0]
+
     def overlaps(self, window: Window) -> bool:
         """Whether some of its rows may lie in the window."""
-        return self.first_ns < window.stop_ns and self.last_ns >= window.start_ns
+        return any(first < window.stop_ns and last >= window.start_ns for first, last in self.spans)
 
 
 class Skipped(NamedTuple):
@@ -88,35 +95,56 @@ def files_below(folder: Path, *, outside: Path) -> Iterator[tuple[str, str]]:
         return
     if not folder.is_dir():
         raise DayfilesError(f"{folder}: no such folder; expected one with exports, or one file")
-    kept_out = outside.resolve()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if Path(parent, f).resolve() != kept_out)
+    # Links may lead in a circle, or to one folder twice: each is read once.
+    met = {_place(folder)} | ({_place(outside)} if outside.is_dir() else set())
+    refused: list[OSError] = []
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refused.append):
+        places = {name: _place(Path(parent, name)) for name in sorted(folders)}
+        folders[:] = [name for name, place in places.items() if place not in met]
+        met.update(places.values())
         for name in sorted(names):
             path = os.path.join(parent, name)  # noqa: PTH118  # a Path costs ten times that
             yield path, os.path.relpath(path, folder)
+    for error in refused:
+        yield error.filename, os.path.relpath(error.filename, folder)
+
+
+def _place(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
 
 
 def examined(path: str, name: str) -> Export | Skipped:
     """What a file is, by its name, its columns and its statistics, or its times without those."""
-    if not name.lower().endswith(_SUFFIXES):
-        return Skipped(name, "foreign: expected .parquet or .csv")
+    if foreign := _foreign(path, name):
+        return foreign
     try:
         found = Path(path).stat()
         if not found.st_size:
             return Skipped(name, "empty")
         is_csv = name.lower().endswith(".csv")
-        layout, rows, first, last, *texts = _csv_span(path) if is_csv else _parquet_span(path)
+        layout, rows, spans, texts = _csv_span(path) if is_csv else _parquet_span(path)
     except _BATCH_ERRORS as error:
         return Skipped(name, _reason(error))
     if layout is None:
         return Skipped(
             name, f"foreign: expected the columns {', '.join(LONG)}, or {', '.join(WIDE)}"
         )
-    if not rows or first == NO_TIME:
+    if not rows or not spans:
         return Skipped(name, "no row has a time that can be read" if rows else "empty: no rows")
-    return Export(
-        path, name, layout, found.st_size, found.st_mtime_ns, rows, first, last, tuple(texts)
-    )
+    return Export(path, name, layout, found.st_size, found.st_mtime_ns, rows, tuple(spans), texts)
+
+
+def _foreign(path: str, name: str) -> Skipped | None:
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # Arrow opens no such file, and JSON holds no such name
+        named = name.encode(errors="backslashreplace").decode()
+        return Skipped(named, "its name is not UTF-8: rename it")
+    if Path(path).is_dir():
+        return Skipped(name, "a folder that cannot be read")
+    is_known = name.lower().endswith(_SUFFIXES)
+    return None if is_known else Skipped(name, "foreign: expected .parquet or .csv")
 
 
 def hashed(export: Export) -> Export | Skipped:
@@ -135,32 +163,34 @@ def _reason(error: Exception) -> str:
 
 def _layout(names: Sequence[str]) -> Layout | None:
     if set(LONG) <= set(names):
-        return "long"
+        return "long" if all(names.count(name) == 1 for name in LONG) else None
     is_wide = set(WIDE) < set(names) and len(set(names)) == len(names)
     return "wide" if is_wide and "payload_type" not in names else None
 
 
-_Span: TypeAlias = tuple[Layout | None, int, int, int, *tuple[str, ...]]
+_Spans: TypeAlias = list[tuple[int, int]]
+_Found: TypeAlias = tuple[Layout | None, int, _Spans, tuple[str, ...]]
 
 
-def _parquet_span(path: str) -> _Span:
+def _parquet_span(path: str) -> _Found:
     with pq.ParquetFile(path) as file:
         layout, metadata = _layout(file.schema_arrow.names), file.metadata
         if layout is None or not metadata.num_rows:
-            return layout, metadata.num_rows, NO_TIME, NO_TIME
+            return layout, metadata.num_rows, [], ()
         groups = [
             _group_span(metadata, group, file.schema_arrow)
             for group in range(metadata.num_row_groups)
         ]
         spans = [span for span in groups if span is not None]
-        if len(spans) < len(groups):
+        if len(spans) < len(groups) or any(last - first > _APART_NS for first, last in spans):
             spans = [
-                _times_span(batch.column(0))
+                span
                 for batch in file.iter_batches(_CHUNK_ROWS, columns=[TIME])
+                for span in _times_spans(batch.column(0))
             ]
         leaves = [file.schema.column(number) for number in range(len(file.schema))]
-        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-        return layout, metadata.num_rows, *_widest(spans), *texts
+        texts = tuple(leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY")
+        return layout, metadata.num_rows, _joined(spans), texts
 
 
 def _group_span(metadata: Any, group: int, schema: pa.Schema) -> tuple[int, int] | None:
@@ -168,7 +198,8 @@ def _group_span(metadata: Any, group: int, schema: pa.Schema) -> tuple[int, int]
     found = metadata.row_group(group)
     index = schema.get_field_index(TIME)
     column = found.column(index)
-    if column.path_in_schema != TIME or not pa.types.is_integer(schema.field(index).type):
+    kind = schema.field(index).type
+    if column.path_in_schema != TIME or not pa.types.is_integer(kind) or pa.types.is_uint64(kind):
         return None
     statistics = column.statistics
     if statistics is None or not statistics.has_min_max or statistics.null_count:
@@ -177,29 +208,38 @@ def _group_span(metadata: Any, group: int, schema: pa.Schema) -> tuple[int, int]
     return None if NO_TIME in (first, last) else (first, last)
 
 
-def _times_span(column: pa.Array) -> tuple[int, int]:
-    ns = times_ns(cells(column).distinct)
+def _times_spans(column: pa.Array) -> _Spans:
+    ns = np.unique(times_ns(cells(column).distinct))
     ns = ns[ns != NO_TIME]
-    return (int(ns.min()), int(ns.max())) if len(ns) else (NO_TIME, NO_TIME)
+    if not len(ns):
+        return []
+    # Unsigned: from 1677 to 2262 is more than int64 holds.
+    cuts = np.flatnonzero(np.diff(ns.view(np.uint64)) > np.uint64(_APART_NS))
+    firsts, lasts = ns[np.append(0, cuts + 1)], ns[np.append(cuts, len(ns) - 1)]
+    return list(zip(firsts.tolist(), lasts.tolist(), strict=True))
 
 
-def _widest(spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    timed = [span for span in spans if span[0] != NO_TIME]
-    if not timed:
-        return NO_TIME, NO_TIME
-    return min(first for first, _ in timed), max(last for _, last in timed)
+def _joined(spans: _Spans) -> _Spans:
+    joined: _Spans = []
+    for first, last in sorted(spans):
+        if joined and first - joined[-1][1] <= _APART_NS:
+            joined[-1] = joined[-1][0], max(last, joined[-1][1])
+        else:
+            joined.append((first, last))
+    return joined
 
 
-def _csv_span(path: str) -> _Span:
+def _csv_span(path: str) -> _Found:
     with _csv_batches(path) as batches:
         layout = _layout(batches.schema.names)
         if layout is None:
-            return None, 0, NO_TIME, NO_TIME
-        rows, spans = 0, []
+            return None, 0, [], ()
+        rows = 0
+        spans: _Spans = []
         for batch in batches:
             rows += batch.num_rows
-            spans.append(_times_span(batch.column(TIME)))
-    return layout, rows, *_widest(spans)
+            spans += _times_spans(batch.column(TIME))
+    return layout, rows, _joined(spans), ()
 
 
 @contextmanager

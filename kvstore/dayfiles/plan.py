@@ -111,12 +111,19 @@ def _days(exports: Sequence[Export], settings: Settings, shard: Shard) -> dict[i
     """
     days: dict[int, list[Export]] = {}
     for export in exports:
-        reach = day_lattice(0, settings).window
-        first = (export.first_ns - reach.stop_ns) // DAY_NS + 1
-        last = (export.last_ns - reach.start_ns) // DAY_NS
-        for day in range(first, last + 1):
+        for day in _days_of(export, settings):
             if shard.has(day) and export.overlaps(day_lattice(day, settings).window):
                 days.setdefault(day, []).append(export)
+    return days
+
+
+def _days_of(export: Export, settings: Settings) -> set[int]:
+    reach = day_lattice(0, settings).window
+    days: set[int] = set()
+    for first_ns, last_ns in export.spans:
+        first = (first_ns - reach.stop_ns) // DAY_NS + 1
+        last = (last_ns - reach.start_ns) // DAY_NS
+        days.update(range(first, last + 1))
     return days
 
 
@@ -137,7 +144,7 @@ def _is_done(
     record: Record, inputs: Sequence[Export], settings: Settings, root: Path,
     lost: Sequence[object], *, prune: bool,
 ) -> bool:  # fmt: skip
-    if not record.complete or not _has_files(record, root):
+    if not record.complete or not has_files(record, root):
         return False
     if record.fingerprint == fingerprint(inputs, settings):
         return True
@@ -151,7 +158,7 @@ def _is_done(
     )
 
 
-def _has_files(record: Record, root: Path) -> bool:
+def has_files(record: Record, root: Path) -> bool:
     """Whether the files of a day are all there, and of their sizes."""
     try:
         return all(

@@ -25,7 +25,8 @@ from typing import Final, NamedTuple
 from kvstore.dayfiles.measures import Column, column
 
 SYSTEM: Final = "system"
-_NAME_LENGTH_MAX: Final = 100  # of a tag or measure; folder names end at 255 bytes
+_NAME_LENGTH_MAX: Final = 100  # of a tag or measure
+_FOLDER_LENGTH_MAX: Final = 255  # of what file systems take; escapes are three times as long
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_-]")
 _UNSAFE_PART: Final = re.compile(r"[^A-Za-z0-9-]")
 _DEFAULTS: Final = {"battery": "1", "sensor": "1", "message_source": "master"}
@@ -63,6 +64,8 @@ def series_of(name: str | None, tags: Iterable[tuple[str | None, str | None]]) -
     if len(named) != len(pairs):
         return None  # two phases at once
     tree = tree_of(named.pop("phase", None), named.pop("module", None))
+    if tree is None:
+        return None
     return Series(tree, column(_unreserved(escaped(name) + _suffix(named))))
 
 
@@ -70,8 +73,16 @@ def _is_odd(pair: tuple[str | None, str | None]) -> bool:
     return not all(part and len(part) <= _NAME_LENGTH_MAX for part in pair)
 
 
-def tree_of(phase: str | None, module: str | None) -> str:
-    """The folder of a phase's module, of a phase, or of the system; numbers without zeros."""
+def tree_of(phase: str | None, module: str | None) -> str | None:
+    """The folder of a phase's module, of a phase, or of the system; None for too long a name.
+
+    Numbers are without zeros in front.
+    """
+    tree = _tree(phase, module)
+    return tree if len(tree) <= _FOLDER_LENGTH_MAX else None
+
+
+def _tree(phase: str | None, module: str | None) -> str:
     phase, module = (None if part is None else _plain(part) for part in (phase, module))
     if phase is None:
         return SYSTEM if module is None else f"%_{_part(module)}"
@@ -98,7 +109,8 @@ def _suffix(tags: Mapping[str, str]) -> str:
 
 def _plain(text: str) -> str:
     text = text.strip()
-    return str(int(text)) if text.isascii() and text.isdigit() else text
+    is_number = text.isascii() and text.isdigit() and len(text) <= _NAME_LENGTH_MAX
+    return str(int(text)) if is_number else text
 
 
 def escaped(text: str) -> str:

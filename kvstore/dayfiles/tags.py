@@ -116,7 +116,7 @@ class _Lists(NamedTuple):
         leaves = pairs.values[int(ends[0]) : int(ends[-1])]
         if not pa.types.is_dictionary(leaves.type):
             leaves = leaves.dictionary_encode()
-        words = leaves.dictionary.to_pylist()
+        words = leaves.dictionary.cast(pa.string()).to_pylist()
         flat = filled(leaves.indices, len(words))
         if leaves.indices.null_count:
             words.append(None)
@@ -178,4 +178,4 @@ def _pairs_of(row: object) -> Pairs | None:
 
 
 def _text(value: object) -> str | None:
-    return None if value is None else str(value)
+    return value.decode() if isinstance(value, bytes) else None if value is None else str(value)
