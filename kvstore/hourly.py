@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore import libc
-from kvstore.dayfiles import hours
+from kvstore.dayfiles import hours, manifest
 from kvstore.dayfiles.grid import DAY_NS, Bins, Lattice, Settings, filled
 from kvstore.dayfiles.measures import Column, Measure, column
 from kvstore.dayfiles.series import escaped
-from kvstore.errors import SchemaError
+from kvstore.errors import DayfilesError, SchemaError
 from kvstore.schema import Batch, Field
 from kvstore.stream import Stream
 from kvstore.timestamps import time_to_ns, to_time
@@ -51,6 +51,11 @@ def export(
     fields: Sequence[str] | None = None,
 ) -> Written:
     """Write all hours of a range of the stream that have rows or values held into them."""
+    if (root / manifest.FOLDER).exists():
+        raise DayfilesError(
+            f"{root} is an output of kvstore dayfiles convert, whose next run removes what it did "
+            "not make: give the export a folder of its own"
+        )
     chosen, left_out = _fields(stream, fields)
     columns = [_column(field) for field in chosen]
     dtype = stream.schema.time_dtype

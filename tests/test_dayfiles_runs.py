@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +21,7 @@ from stores import scratch
 
 from kvstore import cli, libc
 from kvstore.dayfiles import day as days
-from kvstore.dayfiles import etl, hours, manifest
+from kvstore.dayfiles import etl, hours, manifest, summary
 from kvstore.dayfiles.grid import Settings
 from kvstore.dayfiles.plan import Shard
 from kvstore.errors import DayfilesError
@@ -527,6 +530,81 @@ def test_tags_lead_nowhere_outside_of_the_output(place):
         sorted(trees)
         == sorted([".dayfiles", "%2E%2E%2F%2E%2E_%2Fetc", "%73ystem", "1%5F1", "1_1", "system"])
     )
+
+
+def test_a_row_with_a_stray_time_makes_no_days_between(place):
+    """A device without a clock says 1970: no task, read and record for each day since."""
+    rows = [(time, "module_voltage", "54", module(1, 1)) for time in (0, NIGHT)]
+    for suffix in ("parquet", "csv"):
+        save(place / suffix / f"a.{suffix}", rows)
+        outcome = etl.convert(place / suffix, place / f"{suffix}-out")
+        assert [report.day for report in outcome.made] == [0, NIGHT // 86400]
+
+
+@pytest.mark.parametrize("folder", ["out/data", "out"])
+def test_an_input_within_the_output_is_refused(place, folder):
+    """An hour file that no run made is removed there, and this one is an input."""
+    path = save(place / folder / "2024" / "02" / "29" / "23.parquet", ROWS)
+    with pytest.raises(DayfilesError, match="a folder of its own"):
+        etl.convert(place / folder, place / "out")
+    assert path.exists()
+
+
+def test_a_folder_is_read_once_however_many_links_lead_to_it(place, whole):
+    save(place / "in" / "a.parquet", ROWS)
+    (place / "in" / "loop").symlink_to(place / "in")
+    outcome = etl.convert(place / "in", place / "out")
+    assert (outcome.files, outcome.skipped) == (1, [])
+    assert contents(place / "out") == whole
+
+
+def test_a_folder_that_cannot_be_read_is_reported(place, monkeypatch):
+    save(place / "in" / "a.parquet", ROWS)
+    (place / "in" / "closed").mkdir()
+    scan = os.scandir
+
+    def refusing(path="."):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    outcome = etl.convert(place / "in", place / "out")
+    assert outcome.skipped == [("closed", "a folder that cannot be read")]
+    assert not outcome.is_whole
+
+
+def test_a_name_that_is_not_utf8_is_reported(place):
+    path = save(place / "in" / "a.parquet", ROWS)
+    path.rename(os.fsdecode(os.fsencode(place / "in") + b"/M\xfc.parquet"))
+    outcome = etl.convert(place / "in", place / "out")
+    assert outcome.skipped == [("M\\udcfc.parquet", "its name is not UTF-8: rename it")]
+    json.dumps(summary.summary(outcome), ensure_ascii=False).encode()
+
+
+def test_an_output_that_was_removed_with_its_input_is_in_nobodys_way(place):
+    """Old days may be archived; columns of later ones are not given to files that are gone."""
+    path = save(place / "in" / "a.parquet", ROWS)
+    etl.convert(place / "in", place / "out")
+    path.unlink()
+    shutil.rmtree(place / "out" / "1_1")
+    later = (NIGHT + 10 * 86400, "cell_voltage", "4", module(1, 1, battery=2, cell=1))
+    save(place / "in" / "b.parquet", [later])
+    outcome = etl.convert(place / "in", place / "out")
+    assert [report.day for report in outcome.made] == [later[0] // 86400]
+
+
+def test_a_full_disk_is_said_with_the_file(place, monkeypatch):
+    """Else the command speaks of standard output."""
+
+    class Full(io.RawIOBase):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", lambda *_, **__: Full())
+    with pytest.raises(OSError, match="No space") as raised:
+        hours.put(place / "15.parquet", memoryview(b"x"))
+    assert "15.parquet" in raised.value.filename
 
 
 # ---- the command ----

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from dayexports import module, plant, save, save_wide, scatter, seconds, tags
 from stores import check_store, scratch
@@ -217,6 +219,36 @@ def test_what_cannot_be_explained_says_why(place):
     manifest.Manifest(place / "out").forget(EVE // 86400)
     with pytest.raises(DayfilesError, match="no record of 2024-02-28"):
         explain.explain(path, "system_state", EVE * 10**9)
+
+
+def test_a_file_that_was_moved_and_a_flag_are_not_explained(place):
+    save(place / "in" / "a.parquet", ROWS)
+    etl.convert(place / "in", place / "out", Settings(with_flags=True))
+    path = place / "out" / "system" / "2024" / "02" / "28" / "23.parquet"
+    with pytest.raises(DayfilesError, match="no column 'system_state_flag' among phase_count"):
+        explain.explain(path, "system_state_flag", EVE * 10**9)
+    with pytest.raises(DayfilesError, match="no record of 2024-02-28"):
+        explain.explain(path.rename(place / "moved.parquet"), "system_state", EVE * 10**9)
+
+
+def test_a_wide_row_without_a_phase_is_explained(place):
+    table = {"timestamp": [EVE], "phase": [""], "module": [""], "system_state": ["RUN"]}
+    (place / "in").mkdir()
+    pq.write_table(pa.table(table), place / "in" / "a.parquet")
+    etl.convert(place / "in", place / "out")
+    path = place / "out" / "system" / "2024" / "02" / "28" / "23.parquet"
+    found = explain.explain(path, "system_state", EVE * 10**9)
+    assert [(source.row, source.use) for source in found.sources] == [(0, "used")]
+
+
+def test_a_stream_is_not_exported_among_day_files(place, monkeypatch, capsys):
+    """The next run would remove its hours: it did not make them."""
+    save(place / "in" / "a.parquet", ROWS)
+    convert = ("dayfiles", "convert", place / "in", place / "out", "--store", place / "m.kv")
+    assert run(monkeypatch, *convert) == 0
+    export = ("export", place / "m.kv", "--stream", "1_1", "--layout", "hourly")
+    assert run(monkeypatch, *export, "-o", place / "out") == 1
+    assert "a folder of its own" in capsys.readouterr().err
 
 
 def test_days_of_another_store_are_its_own(place):

@@ -73,6 +73,17 @@ def test_no_files_of_a_day_names_what_there_is(output):
         load(output, "7_7", DAY)
 
 
+@pytest.mark.parametrize("content", [b"junk", None])
+def test_a_file_that_is_no_hour_file_is_named(tmp_path, content):
+    rows = plant(seconds("2024-07-29T00:00:00"), seconds("2024-07-29T00:10:00"))
+    scatter(tmp_path / "data", rows)
+    etl.convert(tmp_path / "data", tmp_path / "out", Settings())
+    path = tmp_path / "out" / "1_1" / "2024" / "07" / "29" / "13.parquet"
+    path.write_bytes(content) if content else save(path, rows)
+    with pytest.raises(KvstoreError, match=r"13\.parquet: no hour file"):
+        load(tmp_path / "out", "1_1", DAY)
+
+
 def test_every_figure_is_drawn_with_titles_and_units(output, tmp_path):
     for name, figure in figures(output, "1_1", "2024-07-29"):
         figure.savefig(tmp_path / f"{name}.png", dpi=40)

@@ -321,7 +321,10 @@ def _say_all(told: Mapping[str, Any], outcome: Outcome, part: Shard) -> None:
     )
     _say_table(told["measures"])
     _complain_of("skipped", [f"{s.name}: {s.reason}" for s in outcome.skipped])
-    _complain_of("vanished, and kept in the output (--prune lets go)", told["vanished"])
+    _complain_of(
+        "vanished; what it gave stays, but for days that --full or --prune made anew",
+        told["vanished"],
+    )
     _complain_of(
         "day not made again: it would lose what vanished inputs gave; bring them back, or --prune",
         run["days_blocked"],

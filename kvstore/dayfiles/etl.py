@@ -27,7 +27,7 @@ from kvstore.dayfiles.exports import Skipped
 from kvstore.dayfiles.grid import DAY_NS, Settings
 from kvstore.dayfiles.manifest import Manifest, Record, fingerprint, held, last_one
 from kvstore.dayfiles.measures import columns_of, level_of
-from kvstore.dayfiles.plan import Plan, Shard, known_columns, plan
+from kvstore.dayfiles.plan import Plan, Shard, has_files, known_columns, plan
 from kvstore.errors import DayfilesError
 
 Runner: TypeAlias = "Callable[[Sequence[Task]], Iterable[DayReport]]"
@@ -124,6 +124,12 @@ def convert(
     what vanished inputs gave. shard: only these days; runs with other shards may run beside it.
     """
     settings = settings.checked()
+    source, root = source.absolute(), root.absolute()  # workers elsewhere have other folders
+    if root.resolve() in {source.resolve(), *source.resolve().parents}:
+        raise DayfilesError(
+            f"{source} lies in {root}, where hour files that no run made are removed: give the "
+            "output a folder of its own"
+        )
     manifest = Manifest(root)
     with held(root, alone=shard.parts == 1):
         todo = plan(source, root, settings, manifest.records(), shard=shard, full=full, prune=prune)
@@ -206,7 +212,8 @@ def _align(root: Path, manifest: Manifest) -> int:
     extra = known_columns(records.values())
     changed = 0
     for record in records.values():
-        if record.complete and _differs(record, extra):
+        # Files that were removed together with their inputs are nobody's to make again.
+        if record.complete and _differs(record, extra) and has_files(record, root):
             changed += _realigned(root, manifest, record, extra)
     return changed
 

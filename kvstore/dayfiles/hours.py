@@ -41,6 +41,7 @@ from kvstore.dayfiles.grid import (
 )
 from kvstore.dayfiles.measures import Column
 from kvstore.dayfiles.readings import Floats
+from kvstore.errors import DayfilesError
 from kvstore.timestamps import NS_PER_S
 
 TIME: Final = "timestamp"
@@ -216,7 +217,12 @@ def value_digest(path: Path) -> bytes:
 
 def facts_of(path: Path) -> Facts:
     """What a file's metadata says; its rows are not read."""
-    return _facts(pq.read_schema(path).metadata)
+    try:
+        return _facts(pq.read_schema(path).metadata)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise DayfilesError(
+            f"{path}: no hour file of `kvstore dayfiles convert`: {error}"
+        ) from error
 
 
 def _facts(metadata: dict[bytes, bytes]) -> Facts:
@@ -309,7 +315,8 @@ def _write(path: Path, content: memoryview) -> None:
         with path.open("wb", buffering=0) as file:
             while content:
                 content = content[file.write(content) :]
-    except OSError:
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write does not say of what
         with suppress(OSError):
             path.unlink(missing_ok=True)
         raise
