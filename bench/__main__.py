@@ -18,10 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import kvstore
-from bench import capture, lookup, memory, pipes, reading, report, startup
+from bench import capture, cli, lookup, memory, pipes, reading, startup
 from bench.figure import Measurement, Setting
 from bench.host import filesystem
-from bench.process import ROOT
 from bench.session import measure_all
 
 MEASUREMENTS: tuple[Measurement, ...] = (
@@ -52,19 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(family.main(arguments[1:]))
     options = _parser().parse_args(arguments)
     if options.list:
-        for measurement in MEASUREMENTS:
-            print(f"{measurement.name:22}{measurement.about}")
-        return 0
+        return cli.listed(MEASUREMENTS)
     kvstore.keep_freed_memory()  # as a program that captures should: see its docstring
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=options.dir) as folder:
         setting = _setting(options, Path(folder))
-        wanted = [m for m in MEASUREMENTS if m.name in options.names or not options.names]
+        wanted = cli.chosen(options, MEASUREMENTS)
         done = measure_all(wanted, setting, disk_bytes=setting.size_bytes)
-    print("\n" + report.table(done.figures, done.failures), file=sys.stderr)
-    if options.json or not options.tiny:
-        path = options.json or _results_path(done)
-        report.save(done, path)
-        print(f"written to {path}", file=sys.stderr)
+    cli.concluded(done, options)
     return 1 if done.failures else 0
 
 
@@ -84,24 +77,10 @@ def _setting(options: argparse.Namespace, folder: Path) -> Setting:
     return Setting(folder, options.size, options.pairs, options.seed)
 
 
-def _results_path(done: report.Report) -> Path:
-    stamp = done.started.strftime("%Y-%m-%dT%H%M")
-    return ROOT / "bench" / "results" / f"{stamp}-{done.host.slug()}.json"
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    names = [measurement.name for measurement in MEASUREMENTS]
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", choices=[*names, []], help="default: all"
-    )
-    parser.add_argument("--list", action="store_true", help="name the measurements")
+    parser = cli.parser("", __doc__, tiny="8 MB, one pair")
+    cli.add_measurements(parser, MEASUREMENTS, pairs=5)
     parser.add_argument("--size", type=size_bytes, default=size_bytes("2GB"), help="bytes a run")
-    parser.add_argument("--pairs", type=int, default=5, help="runs of either side")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--tiny", action="store_true", help="8 MB, one pair: does it work at all")
-    parser.add_argument("--json", type=Path, help="default: bench/results/, nothing with --tiny")
-    parser.add_argument("--dir", type=Path, default=Path.cwd(), help="on the disk to measure")
     return parser
 
 

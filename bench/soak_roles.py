@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 import kvstore
+from kvstore.entries import EncodedBatch
 from kvstore.layout import Layout
-from kvstore.segment import EncodedBatch, Segment
+from kvstore.segment import Segment
 from kvstore.verify import verify
 
 if TYPE_CHECKING:

@@ -20,10 +20,11 @@ import numpy as np
 
 from kvstore import codec, libc, retention
 from kvstore.changes import Change, Drop, Queued, next_state
+from kvstore.entries import EncodedBatch
 from kvstore.errors import DiskFull, StoreError
 from kvstore.gaps import Gap
 from kvstore.layout import Layout, ticks_ns
-from kvstore.segment import MAP_SPARE_BYTES, EncodedBatch, Segment
+from kvstore.segment import MAP_SPARE_BYTES, Segment
 from kvstore.state import FORMAT, Sealed, Session, State, Totals
 from kvstore.timestamps import format_time
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 from kvstore import codec, gaps
+from kvstore.entries import EncodedBatch
 from kvstore.gaps import Gap
-from kvstore.segment import EncodedBatch
 from kvstore.settings import Pin, Settings
 from kvstore.state import (
     GONE,

@@ -15,10 +15,10 @@ from typing import Final
 
 import numpy as np
 
+from kvstore.entries import Entry
 from kvstore.errors import DamageError, KvstoreError
 from kvstore.pages import PageFile
 from kvstore.schema import Array, Field
-from kvstore.segment import Entry
 from kvstore.state import State, StreamInfo, Totals
 from kvstore.timestamps import MIN_NS, decode_key, format_time, span_class, time_to_ns
 from kvstore.untrusted import (

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from kvstore import reading
+from kvstore.entries import Entry
 from kvstore.environment import translated
 from kvstore.errors import CursorError, DamageError, GapError, NoFillError, StoreFormatError
 from kvstore.layout import write_durably
 from kvstore.schema import Batch, Schema
-from kvstore.segment import Entry, OnDamage, Segment
+from kvstore.segment import OnDamage, Segment
 from kvstore.state import State, Totals
 
 POLL_S: Final = 0.01

@@ -16,9 +16,10 @@ from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
+from kvstore.entries import Entry
 from kvstore.errors import DamageError, KvstoreError, SchemaError, StoreFormatError
 from kvstore.schema import Array, Batch, Schema
-from kvstore.segment import Entry, OnDamage, Segment
+from kvstore.segment import OnDamage, Segment
 from kvstore.state import State, StreamInfo, Totals
 from kvstore.timestamps import (
     TimeLike,

@@ -22,11 +22,11 @@ from typing import Any, Final, NamedTuple
 from kvstore import retention
 from kvstore.copies import locked_folder
 from kvstore.damaged import damage_gaps, note
+from kvstore.entries import Entry
 from kvstore.environment import translated
 from kvstore.errors import KvstoreError, StoreError, StoreFormatError, StoreLocked, StoreNotFound
 from kvstore.layout import Layout, sync_folder
 from kvstore.salvage import Lost, Salvaged, SegmentFile
-from kvstore.segment import Entry
 from kvstore.settings import Settings
 from kvstore.state import Sealed, State, StreamInfo, Totals
 from kvstore.store import Store, open_store

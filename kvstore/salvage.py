@@ -25,10 +25,10 @@ from typing import Any, Final, NamedTuple, Self
 import numpy as np
 
 from kvstore import codec
+from kvstore.entries import Entry
 from kvstore.errors import DamageError, KvstoreError, NoFillError
 from kvstore.pages import Node, PageFile
 from kvstore.schema import Array, Batch
-from kvstore.segment import Entry
 from kvstore.state import State, StreamInfo, Totals
 from kvstore.timestamps import plain_time
 from kvstore.untrusted import (

@@ -4,10 +4,9 @@ Tables (docs/format.md has the bytes): *index*: key -> what a batch is; *blocks*
 number -> a block; *order*: stream, sequence -> key; *meta*: identity, streams, totals, marks
 and the summary of every sealed segment.
 
-A key is stream id, span class, time, sequence. The span class is the bit length of the
-batch's own time span, so that a scan seeks, in each class, just as far before ``start`` as a
-batch of that class can reach. No transaction outlives a call; scans come in pages and seek
-again, so a slow reader pins nothing.
+A scan seeks, in each span class (entries.py), just as far before ``start`` as a batch of that
+class can reach. No transaction outlives a call; scans come in pages and seek again, so a slow
+reader pins nothing.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
-
-import numpy as np
+from typing import Any, Final
 
 from kvstore import codec
+from kvstore.entries import STREAM_CLASS, EncodedBatch, Entry, arrived, read_entry
 from kvstore.environment import Environment, Txn, create_environment, open_environment
 from kvstore.errors import DamageError, StoreError, StoreFormatError
 from kvstore.gaps import Gap
@@ -33,18 +31,13 @@ from kvstore.state import (
     Dropped,
     Part,
     State,
-    Totals,
     meta_part,
     meta_records,
     put_part,
 )
 from kvstore.timestamps import (
-    MIN_NS,
-    decode_key,
     encode_key,
-    format_time,
     seek_ns,
-    span_class,
 )
 
 INLINE_BYTES: Final = 256  # smaller blocks live in the index record: no page of their own
@@ -58,70 +51,8 @@ _LASTING: Final = frozenset(("streams", "totals", "sealed"))  # nobody is given 
 _BEHIND_GAPS: Final = b"gap;"  # the next byte after the colon
 _STREAM: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
-_STREAM_CLASS: Final = struct.Struct(">IB")
 _SEQUENCE: Final = struct.Struct(">IQ")
 _NUMBER: Final = struct.Struct(">H")
-_TIME_OFFSET: Final = 5
-_KEY_BYTES: Final = 21
-_INT64: Final = np.dtype(np.int64)
-
-
-class EncodedBatch(NamedTuple):
-    """A batch ready to be put: its blocks are compressed, its sequence is assigned."""
-
-    stream_id: int
-    first_ns: int
-    last_ns: int
-    first: Any
-    last: Any
-    rows: int
-    sequence: int = 0
-    blocks: Sequence[codec.Block] = ()
-
-    @property
-    def totals(self) -> Totals:
-        """What this batch adds to its stream."""
-        raw_bytes = sum(block.raw_bytes for block in self.blocks)
-        size = self.stored_bytes
-        return Totals(self.rows, 1, raw_bytes, size, self.first, self.last, self.sequence + 1)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the blocks as stored."""
-        return sum(len(block.data) for block in self.blocks)
-
-
-class Entry(NamedTuple):
-    """An index record: what a scan yields. blocks: (codec, raw, stored, checksum[, data]).
-
-    frames: of each block, (rows, stored, checksum) of each frame; empty where none has several.
-    """
-
-    key: bytes
-    rows: int
-    first: Any
-    last: Any
-    blocks: Sequence[Sequence[Any]]
-    frames: Sequence[Sequence[codec.Frame]] = ()
-
-    @property
-    def order(self) -> bytes:
-        """Sorts entries of all classes and segments by time, then by arrival."""
-        return self.key[_TIME_OFFSET:]
-
-    @property
-    def sequence(self) -> int:
-        """Arrival number of the batch in its stream."""
-        return decode_key(self.key[_TIME_OFFSET:])[1]
-
-    @property
-    def raw_bytes(self) -> int:
-        """Bytes of the rows when decompressed."""
-        return sum(block[1] for block in self.blocks)
-
-    def frames_of(self, number: int) -> Sequence[codec.Frame]:
-        """The frames of a field's block; none where it has only one."""
-        return self.frames[number] if number < len(self.frames) else ()
 
 
 @dataclass(slots=True)
@@ -261,8 +192,8 @@ class Segment:
         found: list[int] = []
         with self.environment.read() as txn, txn.cursor(self.environment.index) as cursor:
             span = 0
-            while span < _SPAN_CLASSES and cursor.set_range(_STREAM_CLASS.pack(stream_id, span)):
-                stream, span = _STREAM_CLASS.unpack_from(cursor.key())
+            while span < _SPAN_CLASSES and cursor.set_range(STREAM_CLASS.pack(stream_id, span)):
+                stream, span = STREAM_CLASS.unpack_from(cursor.key())
                 if stream != stream_id:
                     break
                 found.append(span)
@@ -272,7 +203,7 @@ class Segment:
     def _class_entries(
         self, stream_id: int, span: int, start_ns: int, stop_ns: int, on_damage: OnDamage
     ) -> Iterator[Entry]:
-        prefix = _STREAM_CLASS.pack(stream_id, span)
+        prefix = STREAM_CLASS.pack(stream_id, span)
         seek = prefix + encode_key(seek_ns(start_ns, span), 0)
         end = prefix + encode_key(stop_ns, 2**64 - 1)
         count = _FIRST_PAGE_ENTRIES
@@ -311,7 +242,7 @@ class Segment:
         page = self._order_page(
             _SEQUENCE.pack(stream_id, sequence), _SEQUENCE.pack(stream_id, stop)
         )
-        return ((found, _arrived(found, key, record)) for found, key, record in page)
+        return ((found, arrived(found, key, record)) for found, key, record in page)
 
     def _order_page(self, seek: bytes, end: bytes) -> list[tuple[int, bytes, bytes | None]]:
         page: list[tuple[int, bytes, bytes | None]] = []
@@ -383,9 +314,7 @@ class Segment:
                     txn.put(key, codec.packed(record), db=self.environment.meta)
 
     def _put(self, txn: Txn, batch: EncodedBatch) -> None:
-        span = span_class(batch.first_ns, batch.last_ns)
-        tail = encode_key(batch.first_ns, batch.sequence)
-        key = _STREAM_CLASS.pack(batch.stream_id, span) + tail
+        key = batch.key
         listed = []
         for number, block in enumerate(batch.blocks):
             size = len(block.data)
@@ -419,36 +348,6 @@ def create_segment(path: Path, state: State, segment_bytes: int) -> None:
 
 def _order(entry: Entry) -> bytes:
     return entry.order
-
-
-def read_entry(key: bytes, value: bytes) -> Entry:
-    """An index record; DamageError where it is not the one stored under that key."""
-    try:
-        record = codec.unpacked(value, "its index record")
-    except DamageError as error:
-        raise DamageError(f"a batch {_place(key)} cannot be read: {error}") from error
-    if record[0] != key:
-        raise DamageError(f"a batch {_place(key)} cannot be read: its index record is another's")
-    return Entry(*record)
-
-
-def _arrived(sequence: int, key: bytes, value: bytes | None) -> Entry | DamageError:
-    if value is None:
-        return DamageError(f"a batch {_place(key)} cannot be read: it is missing from the index")
-    try:
-        entry = read_entry(key, value)
-    except DamageError as error:
-        return error
-    if len(key) != _KEY_BYTES or entry.sequence != sequence:
-        return DamageError(f"a batch {_place(key)} stands in the order table as another's")
-    return entry
-
-
-def _place(key: bytes) -> str:
-    if len(key) != _KEY_BYTES:
-        return f"under a key of {len(key)} bytes, expected {_KEY_BYTES},"
-    first_ns = np.int64(max(decode_key(key[_TIME_OFFSET:])[0], MIN_NS))
-    return f"that begins at {format_time(first_ns, _INT64)}"
 
 
 def _identity(environment: Environment, txn: Txn) -> list[Any]:

@@ -15,11 +15,12 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from kvstore.entries import Entry
 from kvstore.errors import DamageError, StoreFormatError
 from kvstore.reading import Scan
 from kvstore.replay import deadlines
 from kvstore.schema import Array
-from kvstore.segment import Entry, OnDamage, Segment
+from kvstore.segment import OnDamage, Segment
 from kvstore.state import Totals
 from kvstore.stream import Stream
 from kvstore.timestamps import NS_PER_S, TimeLike, Unit, time_to_ns

@@ -15,10 +15,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from kvstore import codec
+from kvstore.entries import Entry, read_entry
 from kvstore.errors import DamageError, KvstoreError
 from kvstore.gaps import KINDS, Gap
 from kvstore.schema import FIELDS_MAX, ROW_BYTES_MAX, Array, Field
-from kvstore.segment import Entry, read_entry
 from kvstore.state import FORMATS, State, StreamInfo, Totals, read_meta_record
 from kvstore.timestamps import format_time, typed_time
 

@@ -18,12 +18,12 @@ from typing import Any, Final
 from kvstore import codec, environment, gaps, operations, retention
 from kvstore.changes import Queued
 from kvstore.commit import Committer
+from kvstore.entries import EncodedBatch
 from kvstore.errors import SchemaError, StoreClosed, StoreError
 from kvstore.gaps import Gap, Watch
 from kvstore.gather import SMALL_BYTES, STAGED_BYTES_MAX, Staging, cut, size_of
 from kvstore.layout import Layout, WriterLock, ticks_ns
 from kvstore.schema import Array, BatchLike, Field, Schema, check_name
-from kvstore.segment import EncodedBatch
 from kvstore.settings import Settings
 from kvstore.state import StreamInfo
 from kvstore.timestamps import plain_time, time_to_ns

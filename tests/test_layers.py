@@ -30,6 +30,7 @@ FLOORS = (
     ("pages",),
     ("pickled", "pickle_machine", "unpickle", "packets", "generate"),
     ("state",),
+    ("entries",),
     ("segment",),
     ("layout", "gather", "changes"),
     ("requests", "retention"),

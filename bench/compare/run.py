@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import process
+from bench import cli, process
 from bench.compare import packets, picture, table
 from bench.compare.child import DONE, READY
 from bench.compare.peer import ALL, LIMIT, OURS, PEERS, files, missing, peer, size_bytes, versions
@@ -62,9 +62,8 @@ def main(arguments: Sequence[str]) -> int:
         "seed": options.seed,
         "profiles": {name: list(map(table.as_record, rows)) for name, rows in found.items()},
     }
-    stamp = f"compare-{started:%Y-%m-%dT%H%M}-{host.slug()}.json"
     if options.json or not options.tiny:
-        path = options.json or process.ROOT / "bench" / "results" / stamp
+        path = options.json or cli.results_path("compare", started, host)
         _save(record, path)
         picture.draw(found, path.with_suffix(".svg"))
     return int(any(row.failed for rows in found.values() for row in rows))
@@ -217,14 +216,10 @@ def _add(values: dict[str, list[float]], more: Values) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__)
+    parser = cli.parser("compare", __doc__, tiny="8 MB, one round")
     known = [name for name in ALL if name not in (OURS, LIMIT)]
     parser.add_argument("--gb", type=float, default=1.0, help="GB of packets in a run")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each peer")
     parser.add_argument("--peers", nargs="+", choices=known, default=list(PEERS), metavar="PEER")
     parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=list(PROFILES))
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--tiny", action="store_true", help="8 MB, one round: does it work")
-    parser.add_argument("--json", type=Path, help="default: bench/results/, nothing with --tiny")
-    parser.add_argument("--dir", type=Path, default=Path.cwd(), help="on the disk to measure")
     return parser

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from bench import report
+from bench import cli
 from bench.dayfiles import exports
 from bench.figure import BenchError, Figure, Measurement, Rule, Setting
 from bench.measure import interleaved
-from bench.process import ROOT, anon_bytes, kvstore, run
+from bench.process import anon_bytes, kvstore, run
 from bench.session import measure_all
 
 ROWS_S_MIN: Final = 4.0  # million
@@ -49,18 +49,9 @@ def main(arguments: Sequence[str]) -> int:
             Path(folder), 10_000_000, 1 if options.tiny else options.pairs, options.seed
         )
         month = _month(Path(folder), options)
-        wanted = [
-            m for m in _measurements(month, options) if m.name in options.names or not options.names
-        ]
+        wanted = cli.chosen(options, _measurements(month, options))
         done = measure_all(wanted, setting, disk_bytes=setting.size_bytes)
-    print("\n" + report.table(done.figures, done.failures), file=sys.stderr)
-    if options.json or not options.tiny:
-        stamp = done.started.strftime("%Y-%m-%dT%H%M")
-        path = (
-            options.json or ROOT / "bench" / "results" / f"dayfiles-{stamp}-{done.host.slug()}.json"
-        )
-        report.save(done, path)
-        print(f"written to {path}", file=sys.stderr)
+    cli.concluded(done, options, "dayfiles")
     return 1 if done.failures else 0
 
 
@@ -238,15 +229,9 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench dayfiles", description=__doc__)
+    parser = cli.parser("dayfiles", __doc__, tiny="six files, one pair")
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--days", type=int, default=30, help="of the synthetic month")
     parser.add_argument("--sample", type=Path, default=_SAMPLE, help="folder of real exports")
     parser.add_argument("--pairs", type=int, default=3, help="runs of either side")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument(
-        "--tiny", action="store_true", help="six files, one pair: does it work at all"
-    )
-    parser.add_argument("--json", type=Path, help="default: bench/results/, nothing with --tiny")
-    parser.add_argument("--dir", type=Path, default=Path.cwd(), help="on the disk to measure")
     return parser

@@ -163,9 +163,9 @@ class _Intake:
         self.rows += rows
         self.fed.append(Fed(export.name, export.digest, rows, sorted(hour_set)))
 
-    def _hours(self, times: Ints) -> list[int]:
-        hours_of: list[int] = np.unique((times - self._grid.start_ns) // HOUR_NS).tolist()
-        return hours_of
+    def _hours(self, times: Ints) -> set[int]:
+        """A set, not np.unique, which takes ten times as long for some hundred times."""
+        return set(((times - self._grid.start_ns) // HOUR_NS).tolist())
 
     def _odd(self, export: Export, chunk: Chunk) -> int:
         """Count what is odd; returns how many rows have no place."""

@@ -187,28 +187,32 @@ def filled(bins: Bins, grid: Lattice, settings: Settings) -> Filled:
     values, flags = _held(bins, settings)
     if settings.fill == "linear":
         _interpolate(bins, settings, values, flags)
-    flags[np.isnan(values)] = MISSING
     inner = slice(grid.lead, grid.lead + grid.bins)
     return Filled(bins.tree, bins.columns, values[:, inner], flags[:, inner], bins.seen[:, inner])
 
 
 def _held(bins: Bins, settings: Settings) -> tuple[Floats, Bytes]:
-    flags = np.where(bins.seen, np.int8(OBSERVED), np.int8(MISSING))
-    if settings.fill == "none":
-        return bins.values.copy(), flags
-    here = np.arange(bins.seen.shape[1], dtype=np.int32)
-    latest = np.where(bins.seen, here, np.int32(-1))
-    np.maximum.accumulate(latest, axis=1, out=latest)
-    stands = np.array([[_held_bins(column, settings)] for column in bins.columns], np.int32)
-    usable = (latest >= 0) & (here - latest <= stands)
-    values = np.take_along_axis(bins.values, np.maximum(latest, 0), axis=1)
-    values[~usable] = np.nan
-    flags[usable & ~bins.seen] = HELD
-    return values, flags
+    """Each value for as long as it stands, then nothing up to the next bin with readings."""
+    rows, total = bins.seen.shape
+    points = bins.seen.copy()
+    points[:, 0] = True  # so that nothing reaches into the next row
+    places = np.flatnonzero(points)
+    found = bins.values.ravel()[places]
+    reach = np.diff(places, append=rows * total)
+    stands = np.array([_held_bins(column, settings) for column in bins.columns])
+    runs = np.minimum(reach, 1 + stands[places // total])
+    runs[np.isnan(found)] = 0
+    lengths = np.stack([runs, reach - runs], axis=1).ravel()
+    pieces = np.full((len(places), 2), np.nan)
+    pieces[:, 0] = found
+    flags = np.repeat(np.tile(np.array([HELD, MISSING], np.int8), len(places)), lengths)
+    flags[places[runs > 0]] = OBSERVED
+    return np.repeat(pieces.ravel(), lengths).reshape(rows, total), flags.reshape(rows, total)
 
 
 def _held_bins(column: Column, settings: Settings) -> int:
-    if settings.fill == "linear" and column.measure.kind == "continuous":
+    is_line = settings.fill == "linear" and column.measure.kind == "continuous"
+    if settings.fill == "none" or is_line:
         return 0
     return settings.hold_bins(column)
 
@@ -227,5 +231,6 @@ def _interpolate(bins: Bins, settings: Settings, values: Floats, flags: Bytes) -
         offset = np.arange(len(left)) - np.repeat(np.cumsum(gaps) - gaps, gaps) + 1
         a = bins.values[row, left]
         b = bins.values[row, left + steps_of]
-        values[row, left + offset] = a + (b - a) * (offset / steps_of)
-        flags[row, left + offset] = INTERPOLATED
+        between = a + (b - a) * (offset / steps_of)
+        values[row, left + offset] = between
+        flags[row, left + offset] = np.where(np.isnan(between), MISSING, INTERPOLATED)

@@ -16,11 +16,12 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from kvstore.entries import Entry
 from kvstore.errors import DamageError, NoFillError, StoreFormatError
 from kvstore.reading import Scan, filled
 from kvstore.replay import deadlines
 from kvstore.schema import Array, Field, Schema
-from kvstore.segment import Entry, Segment
+from kvstore.segment import Segment
 from kvstore.survey import Span, Survey, rows_inside
 
 READ_BYTES_MAX: Final = 1 << 30  # a second or two

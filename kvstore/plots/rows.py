@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from kvstore.entries import Entry
 from kvstore.errors import DamageError, KvstoreError, StoreFormatError
 from kvstore.plots.digest import column_of
 from kvstore.reading import Scan
 from kvstore.schema import Array, Field
-from kvstore.segment import Entry, Segment
+from kvstore.segment import Segment
 from kvstore.survey import rows_inside
 from kvstore.timestamps import time_to_ns
 
