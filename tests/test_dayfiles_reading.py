@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import glob
 import json
+import math
 import random
 
 import dayreference
@@ -17,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import scratch
 
-from kvstore.dayfiles import etl, hours
+from kvstore.dayfiles import chunk, etl, grid, hours
 from kvstore.dayfiles.cells import NO_TIME, cells, numbers, texts, times_ns
 from kvstore.dayfiles.grid import Settings
 from kvstore.dayfiles.measures import MEASURES, column, columns_of, level_of, table_columns
 from kvstore.dayfiles.readings import distinct
 from kvstore.dayfiles.series import column_of_header, parsed_tags, series_of, tree_of
 from kvstore.dayfiles.tags import TagCoder
+from kvstore.errors import DayfilesError
 
 NOON = seconds("2024-07-29T11:59:30")
 ROWS = [row for row in plant(NOON, NOON + 120, modules=2) if "debug" not in row[1]]
@@ -488,6 +490,45 @@ def test_duckdb_polars_and_pandas_read_all_files_in_one_call(place):
     assert (len(frame), int(frame["module_voltage"].count())) == (720 * len(modules), values)
     assert list(frame.columns) == ["timestamp", *table_columns("module")]
     assert len(pd.read_parquet(root)) == 720 * len(expected)
+
+
+def test_a_file_with_another_tag_in_each_row_is_skipped(place, monkeypatch):
+    monkeypatch.setattr(chunk, "SERIES_MAX", 100)
+    rows = [(NOON, "module_current", "1", [*module(1, 1), ("serial", str(n))]) for n in range(101)]
+    save(place / "in" / "odd.parquet", rows)
+    save(place / "in" / "a.parquet", rows[:100])
+    outcome = etl.convert(place / "in", place / "out")
+    assert [name for name, _ in outcome.skipped] == ["odd.parquet"]
+    assert "101 combinations of measure and tags, expected at most 100" in outcome.skipped[0].reason
+    assert list((place / "out" / "1_1").rglob("11.parquet"))
+
+
+def test_names_and_tags_by_the_thousand_are_told_apart(place, monkeypatch):
+    save(place / "in" / "a.parquet", ROWS)
+    etl.convert(place / "in", place / "out")
+    monkeypatch.setattr(chunk, "_TABLE_MAX", 0)
+    etl.convert(place / "in", place / "again")
+    assert contents(place / "again") == contents(place / "out")
+
+
+def test_more_bins_than_fit_are_refused_not_tried(place, monkeypatch):
+    monkeypatch.setattr(grid, "_CELLS_MAX", 17_280 * 10)
+    save(place / "in" / "a.parquet", ROWS)
+    with pytest.raises(
+        DayfilesError, match="do not fit into memory: use longer bins"
+    ):
+        etl.convert(place / "in", place / "out")
+
+
+def test_nan_in_a_wide_table_is_an_empty_cell(place):
+    table = {"timestamp": [NOON, NOON + 5], "phase": [1, 1], "module": [1, 1]}
+    table["module_current"] = [3.0, math.nan]
+    (place / "in").mkdir()
+    pq.write_table(pa.table(table), place / "in" / "wide.parquet")
+    outcome = etl.convert(place / "in", place / "out")
+    [path] = (place / "out").rglob("11.parquet")
+    held = pq.read_table(path)["module_current"].to_pylist()[-2:]
+    assert (held, sum(r.report.unreadable for r in outcome.records.values())) == ([3.0, 3.0], 0)
 
 
 def test_bytes_do_not_depend_on_when_or_where_they_were_made(place, whole):

@@ -209,6 +209,39 @@ def test_a_day_that_would_lose_what_a_vanished_input_gave_is_not_made(halves, wh
     assert contents(halves / "out") == whole
 
 
+def test_a_row_that_is_only_held_into_a_day_blocks_it_too_once_it_has_vanished(place):
+    midnight = NIGHT - NIGHT % 86400 + 86400
+    save(place / "in" / "a.parquet", [(midnight - 10, "module_current", "3", module(1, 1))])
+    etl.convert(place / "in", place / "out")
+    before = contents(place / "out")
+    assert "1_1/2024/03/01/00.parquet" in before
+    (place / "in" / "a.parquet").unlink()
+    save(place / "in" / "b.parquet", [(midnight + 7000, "module_current", "1", module(1, 1))])
+    outcome = etl.convert(place / "in", place / "out")
+    assert (outcome.vanished, outcome.blocked) == (["a.parquet"], [midnight // 86400])
+    assert contents(place / "out") == before
+
+
+def test_an_input_that_grows_where_it_is_is_read_again(place):
+    save(place / "in" / "a.csv", [row for row in ROWS if row[0] < NIGHT + 1300])
+    etl.convert(place / "in", place / "out")
+    save(place / "in" / "a.csv", ROWS)
+    outcome = etl.convert(place / "in", place / "out")
+    assert outcome.is_whole
+    assert (outcome.vanished, outcome.blocked) == ([], [])
+    etl.convert(place / "in", place / "fresh")
+    assert contents(place / "out") == contents(place / "fresh")
+
+
+def test_an_input_that_shrinks_has_vanished(place, whole):
+    save(place / "in" / "a.csv", ROWS)
+    etl.convert(place / "in", place / "out")
+    save(place / "in" / "a.csv", ROWS[:-50])
+    outcome = etl.convert(place / "in", place / "out")
+    assert outcome.vanished == ["a.csv"]
+    assert contents(place / "out") == whole
+
+
 def test_pruning_lets_go_of_what_vanished_inputs_gave(halves):
     etl.convert(halves / "in", halves / "out", prune=True)
     etl.convert(halves / "in", halves / "fresh")

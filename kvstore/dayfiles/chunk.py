@@ -2,7 +2,7 @@
 
 Two layouts say the same. *Long*: ``timestamp, payload_type, value, tags``, a row a reading.
 *Wide*: ``timestamp, phase, module``, then a column a measure, named as in the output; an empty
-cell is no reading.
+cell, or NaN, is no reading.
 
 What cannot be placed (no time that can be read, tags that make no sense) is *unplaced*, what
 has no value that can be read *unreadable*; both are counted by row and named with their row.
@@ -22,11 +22,14 @@ from kvstore.dayfiles.measures import text_column
 from kvstore.dayfiles.readings import Codes, Flags, Floats, Ints, Part, distinct
 from kvstore.dayfiles.series import Series, column_of_header, parsed_tags, series_of, tree_of
 from kvstore.dayfiles.tags import Coded, Pairs, TagCoder
+from kvstore.errors import DayfilesError
 
 TIME: Final = "timestamp"
 LONG: Final = (TIME, "payload_type", "value", "tags")
 WIDE: Final = (TIME, "phase", "module")
 DROPPED: Final = "__index_level_0__"  # pandas leaves it behind
+SERIES_MAX: Final = 20_000  # of a chunk; the real data has 490
+_TABLE_MAX: Final = 1 << 22  # names times tags, 9 bytes each
 _NAMED_MAX: Final = 20  # rows that are wrong and named, of a chunk; all are counted
 
 
@@ -82,16 +85,25 @@ class Kinds:
         """The combinations of name and tags that occur, and each row's."""
         words = texts(names.distinct)
         both = tags.codes.astype(np.int64) * len(words) + names.codes
-        seen = np.zeros(len(tags.tags) * len(words), np.bool_)
-        seen[both] = True
-        found = np.flatnonzero(seen)
-        dense = np.zeros(len(seen), np.int64)
-        dense[found] = np.arange(len(found))
+        if len(tags.tags) * len(words) > _TABLE_MAX:
+            found, codes = np.unique(both, return_inverse=True)
+        else:
+            seen = np.zeros(len(tags.tags) * len(words), np.bool_)
+            seen[both] = True
+            found = np.flatnonzero(seen)
+            dense = np.zeros(len(seen), np.int64)
+            dense[found] = np.arange(len(found))
+            codes = dense[both]
+        if len(found) > SERIES_MAX:
+            raise DayfilesError(
+                f"{len(found)} combinations of measure and tags, expected at most {SERIES_MAX}: is "
+                "a tag another one in each row?"
+            )
         series = [
             self.series(words[code % len(words)], tags.tags[code // len(words)])
             for code in found.tolist()
         ]
-        return series, dense[both]
+        return series, codes
 
 
 def long_chunk(batch: pa.RecordBatch, first_row: int, window: Window, kinds: Kinds) -> Chunk:
@@ -129,7 +141,7 @@ def wide_chunk(batch: pa.RecordBatch, first_row: int, window: Window) -> Chunk:
         if name in WIDE or name == DROPPED:
             continue
         column, target = batch.column(name), column_of_header(name)
-        filled = np.flatnonzero(truths(column.is_valid()))
+        filled = np.flatnonzero(~truths(column.is_null(nan_is_null=True)))
         values = cells(column.take(arrow(filled)))
         series = [None if tree is None else Series(tree, target) for tree in trees]
         rows = _Rows(series, pairs[filled], ns, times.codes[filled], values, first_row, filled)

@@ -49,12 +49,16 @@ class Task(NamedTuple):
 
 
 class Fed(NamedTuple):
-    """What an input gave to a day. hours: of the day, those that it has rows in."""
+    """What an input gave to a day.
+
+    hours: of the day, those that it has rows in. beside: rows around the day that matter to it.
+    """
 
     name: str
     digest: str
     rows: int
     hours: list[int]
+    beside: int = 0
 
 
 class DayReport(NamedTuple):
@@ -151,17 +155,18 @@ class _Intake:
             self.skipped.append(chunks)
             self.fed.append(Fed(export.name, export.digest, 0, []))
             return
-        rows = 0
+        rows = beside = 0
         hour_set: set[int] = set()
         for chunk in chunks:
             self.parts += chunk.parts
             for part in chunk.parts:
                 inner = self._grid.inner.holds(part.times_ns)
                 rows += int(part.rows[inner].sum())
+                beside += int(part.rows[~inner].sum())
                 hour_set.update(self._hours(part.times_ns[inner]))
             rows += self._odd(export, chunk)
         self.rows += rows
-        self.fed.append(Fed(export.name, export.digest, rows, sorted(hour_set)))
+        self.fed.append(Fed(export.name, export.digest, rows, sorted(hour_set), beside))
 
     def _hours(self, times: Ints) -> set[int]:
         """A set, not np.unique, which takes ten times as long for some hundred times."""

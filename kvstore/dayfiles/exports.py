@@ -266,7 +266,7 @@ def read(export: Export, window: Window, kinds: Kinds) -> list[Chunk] | Skipped:
     """A file's readings of a window; all of them, or none where the file is found to be corrupt."""
     try:
         return list(_chunks(export, window, kinds))
-    except _BATCH_ERRORS as error:
+    except (*_BATCH_ERRORS, DayfilesError) as error:
         return Skipped(export.name, _reason(error))
 
 

@@ -38,6 +38,7 @@ MISSING: Final = 9
 HOUR_NS: Final = 3600 * NS_PER_S
 DAY_NS: Final = 24 * HOUR_NS
 _HOLD_NS_MAX: Final = 7 * DAY_NS  # a day reads what is held into it: this much before itself
+_CELLS_MAX: Final = 40_000_000  # of a tree's day, 20 bytes each at the peak
 _BINS_MAX: Final = 3_600_000  # an hour of milliseconds
 
 
@@ -132,6 +133,11 @@ def binned(merged: Merged, grid: Lattice) -> Iterator[Bins]:
         codes = [code for code, _ in group if bounds[code] < bounds[code + 1]]
         if not codes:
             continue
+        if len(codes) * total > _CELLS_MAX:
+            raise DayfilesError(
+                f"{tree}: {len(codes)} columns of {total} bins do not fit into memory: use longer "
+                "bins (--every), or see whether a tag is another one in each row"
+            )
         bins = Bins(
             tree,
             [merged.series[code].column for code in codes],

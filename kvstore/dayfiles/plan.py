@@ -2,18 +2,19 @@
 
 A day is done if its record is complete, was made from inputs of the same contents with the same
 settings, and its files are there. All other days that inputs have rows for are to be made. An
-input whose content is nowhere in the input folder any more has *vanished*: what it gave stays in
-the output, and a day that would lose it is not made again (*blocked*), unless --prune says so.
+input whose content is nowhere in the input folder any more has *vanished*, unless it has grown
+where it was: what it gave stays in the output, and a day that would lose it is not made again
+(*blocked*), unless --prune says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from kvstore.dayfiles.day import Extra, Task, day_lattice
+from kvstore.dayfiles.day import Extra, Fed, Task, day_lattice
 from kvstore.dayfiles.exports import Export, Skipped, examined, files_below, hashed
 from kvstore.dayfiles.grid import DAY_NS, Settings
 from kvstore.dayfiles.hours import path_of
@@ -83,18 +84,16 @@ def plan(
     vanished: set[str] = set()
     for day in sorted(days.keys() | own.keys()):
         record = own.get(day)
-        lost = (
-            [] if record is None else [f for f in record.report.inputs if f.digest not in digests]
-        )
-        vanished.update(fed.name for fed in lost if fed.rows)
         inputs = days.get(day, [])
+        lost = [] if record is None else _lost(record, inputs, digests)
+        vanished.update(fed.name for fed in lost)
         if (
             record is not None
             and not full
             and _is_done(record, inputs, settings, root, lost, prune=prune)
         ):
             continue
-        if lost and any(fed.rows for fed in lost) and not (prune or full):
+        if lost and not (prune or full):
             if inputs:
                 blocked.append(day)
             continue
@@ -102,6 +101,21 @@ def plan(
             tasks.append(Task(str(root), day, tuple(inputs), settings, extra))
     gone = [day for day in own if day not in days] if prune else []
     return Plan(exports, skipped, tasks, gone, sorted(vanished), blocked)
+
+
+def _lost(record: Record, inputs: Iterable[Export], digests: Container[str]) -> list[Fed]:
+    """Inputs that a day has rows of, and that are gone, whatever name they may have by now.
+
+    One that has grown in its place is not lost, but read again: a file that is appended to.
+    """
+    sizes = {export.name: export.size_bytes for export in inputs}
+    return [
+        fed
+        for fed in record.report.inputs
+        if (fed.rows or fed.beside)
+        and fed.digest not in digests
+        and sizes.get(fed.name, -1) < record.sizes.get(fed.name, 0)
+    ]
 
 
 def _days(exports: Sequence[Export], settings: Settings, shard: Shard) -> dict[int, list[Export]]:

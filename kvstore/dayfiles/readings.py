@@ -65,10 +65,6 @@ class Merged(NamedTuple):
     distinct_ns: Ints
     lost: tuple[Ints, Ints, Floats]
 
-    def starts(self) -> Ints:
-        """Where each series' readings begin, and where the last one's end."""
-        return np.searchsorted(self.codes, np.arange(len(self.series) + 1))
-
 
 def distinct(series_codes: Codes, time_codes: Codes, value_codes: Codes, sizes: tuple[int, int]
              ) -> tuple[Ints, Ints, Ints]:  # fmt: skip
