@@ -514,9 +514,7 @@ def test_names_and_tags_by_the_thousand_are_told_apart(place, monkeypatch):
 def test_more_bins_than_fit_are_refused_not_tried(place, monkeypatch):
     monkeypatch.setattr(grid, "_CELLS_MAX", 17_280 * 10)
     save(place / "in" / "a.parquet", ROWS)
-    with pytest.raises(
-        DayfilesError, match="do not fit into memory: use longer bins"
-    ):
+    with pytest.raises(DayfilesError, match="do not fit into memory: use longer bins"):
         etl.convert(place / "in", place / "out")
 
 

@@ -1,4 +1,4 @@
-"""docs/telemetry.md and docs/runbook.md say what is so: files, tests, flags, metrics and commands.
+"""docs/telemetry.md, runbook.md and dayfiles.md say what is so: files, tests, flags, metrics and commands.
 
 What runs without a server is run: the runbook's drills, and how the lake is read.
 """
@@ -18,13 +18,15 @@ from kvstore.telemetry.metrics import families_of
 from kvstore.telemetry.progress import Progress
 
 TELEMETRY, RUNBOOK = ROOT / "docs" / "telemetry.md", ROOT / "docs" / "runbook.md"
-PAGES = [TELEMETRY, RUNBOOK]
+PAGES = [TELEMETRY, RUNBOOK, ROOT / "docs" / "dayfiles.md"]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 # Of kafka-topics.sh, kafka-configs.sh and kafka-consumer-groups.sh.
 KAFKAS = {
     "--add-config", "--alter", "--bootstrap-server", "--describe", "--list", "--partitions",
     "--reset-offsets", "--topic",
 }  # fmt: skip
+DOCKERS = {"--build-arg", "--user"}
+BRIEFS = {"--input", "--output"}  # of solution.py, as the users' brief calls it
 
 
 def code_of(page: Path) -> str:
@@ -55,7 +57,7 @@ def test_files_and_tests_that_are_named_are_there(page):
 def test_flags_that_are_named_are_there(page):
     named = set(FLAG.findall(code_of(page)))
     assert named
-    assert named - flags(typer.main.get_command(app)) - KAFKAS == set()
+    assert named - flags(typer.main.get_command(app)) <= KAFKAS | DOCKERS | BRIEFS
 
 
 def test_metrics_that_are_named_are_there():

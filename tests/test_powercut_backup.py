@@ -17,7 +17,7 @@ from kvstore.verify import verify
 
 ROUNDS = 4
 BATCHES = 9  # in each round
-STATES = 80
+STATES = 48
 GUARDS = ("/segments", ".copying", "/backup.kv", "/root")
 
 

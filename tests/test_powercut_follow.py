@@ -23,7 +23,7 @@ from kvstore.environment import Environment
 
 BATCHES = 40
 SESSIONS = 7  # of writers that leave a commit which is not durable
-STATES = 60
+STATES = 40
 OPTIONS = {"segment_bytes": 1 << 17, "flush_interval_s": None}
 
 

@@ -24,7 +24,7 @@ SEGMENT_BYTES = 64 << 10
 APPENDS = 60
 PINNED = (6.0, 9.0)
 DROP_EVERY, KEPT = 12, 16
-STATES = 80
+STATES = 48
 
 
 def batch(number: int) -> dict[str, np.ndarray]:
