@@ -1,4 +1,4 @@
-"""docs/telemetry.md, runbook.md and dayfiles.md say what is so: files, tests, flags, metrics and commands.
+"""Three pages of docs/ say what is so: files, tests, flags, metrics and commands.
 
 What runs without a server is run: the runbook's drills, and how the lake is read.
 """
