@@ -327,6 +327,33 @@ def test_what_killed_runs_left_is_removed(place, whole):
     assert contents(place / "out") == whole
 
 
+def test_runs_of_equal_process_ids_write_a_file_under_names_of_their_own(place, monkeypatch):
+    """Two containers, in which Dask makes a day twice. And all such names are known as ours."""
+    names = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda s, o: (names.append(s.name), replace(s, o))[1])
+    for content in (b"one", b"two"):
+        hours.put(place / "12.parquet", memoryview(content))
+    assert len(set(names)) == 2
+    assert all(map(days._is_ours, names))
+
+
+def test_a_file_whose_half_another_run_of_the_day_removed_is_written_again(place, monkeypatch):
+    """It takes it for what a killed run left."""
+    replace = Path.replace
+    others = ["removes"]
+
+    def meets_another_run(fresh, path):
+        if others:
+            others.pop()
+            hours.remove(fresh, place)
+        return replace(fresh, path)
+
+    monkeypatch.setattr(Path, "replace", meets_another_run)
+    assert hours.put(place / "1_1" / "12.parquet", memoryview(b"one"))
+    assert contents(place) == {"1_1/12.parquet": b"one"}
+
+
 def test_workers_end_with_a_killed_run(place):
     """Else they would wait for work for ever."""
     code = (
