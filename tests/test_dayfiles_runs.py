@@ -12,7 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -409,6 +411,37 @@ def test_two_runs_into_one_output_are_refused_and_shards_are_not(place):
             etl.convert(place / "in", place / "out")
         etl.convert(place / "in", place / "out", shard=Shard(0, 2))
     assert contents(place / "out")
+
+
+def test_a_shard_waits_for_a_run_that_brings_columns_in_line(place):
+    scatter(place / "in", ROWS)
+    with manifest.held(place / "out", alone=False):
+        pass
+    aligning = threading.Event()
+
+    def align():
+        with manifest.last_one(place / "out") as is_last:
+            assert is_last
+            aligning.set()
+            time.sleep(0.3)
+
+    with ThreadPoolExecutor(1) as other:
+        done = other.submit(align)
+        aligning.wait(5)
+        etl.convert(place / "in", place / "out", shard=Shard(0, 2))
+        done.result()
+    assert contents(place / "out")
+
+
+def test_a_shard_waits_for_no_whole_run_to_its_end(place, monkeypatch):
+    monkeypatch.setattr(manifest, "SHARD_WAIT_S", 0.2)
+    scatter(place / "in", ROWS)
+    with (
+        manifest.held(place / "out", alone=True),
+        pytest.raises(DayfilesError, match=r"by a run without --shard, .* 0.2 s") as refused,
+    ):
+        etl.convert(place / "in", place / "out", shard=Shard(0, 2))
+    assert "each need" not in str(refused.value)
 
 
 # ---- what is wrong with the input ----
