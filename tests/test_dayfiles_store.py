@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -261,3 +262,15 @@ def test_days_of_another_store_are_its_own(place):
     assert (first.days, again.days, again.changed) == (2, 0, [])
     assert first.rows > 0
     assert tags() == [["message_source", "master"]]
+
+
+def test_a_day_that_is_not_complete_is_not_put_into_a_store(place):
+    """Its files may be those of a run that was killed, and what a store has it keeps."""
+    save(place / "in" / "a.parquet", ROWS)
+    records = etl.convert(place / "in", place / "out").records
+    day = EVE // 86400
+    doubted = records | {day: records[day]._replace(complete=False)}
+    with kvstore.open(place / "m.kv", mode="w", flush_interval_s=None) as store:
+        assert daystreams.store_days(place / "out", doubted, store).days == 1
+        assert store["1_1"].first()["timestamp"] >= np.datetime64("2024-02-29")
+        assert daystreams.store_days(place / "out", records, store).days == 1
