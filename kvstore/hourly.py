@@ -125,7 +125,8 @@ class _Sums:
         there = ~np.isnan(values)
         places, times, values = places[there], times[there], values[there]
         self.seen[row, places] = True
-        self.totals[row] += np.bincount(places, weights=values, minlength=bins)
+        # One by one onto the sums so far: else a mean's last bit would tell batches apart.
+        np.add.at(self.totals[row], places, values)
         self.counts[row] += np.bincount(places, minlength=bins)
         ends = np.flatnonzero(np.diff(places, append=-1))  # the last row of each bin
         newer = ends[times[ends] >= self.last_ns[row, places[ends]]]

@@ -274,3 +274,23 @@ def test_a_day_that_is_not_complete_is_not_put_into_a_store(place):
         assert daystreams.store_days(place / "out", doubted, store).days == 1
         assert store["1_1"].first()["timestamp"] >= np.datetime64("2024-02-29")
         assert daystreams.store_days(place / "out", records, store).days == 1
+
+
+def test_a_mean_does_not_depend_on_how_rows_were_batched(place):
+    """Sums go one by one in the order of time: to the last bit, as those of convert."""
+    values = np.random.default_rng(1).uniform(-1, 1, 4000)
+    times = EVE + np.arange(4000) / 1000
+    schema = kvstore.Schema((kvstore.Field("t", "float64"), kvstore.Field("x", "float64")), "t")
+    made = []
+    for size in (4000, 700, 7):
+        with kvstore.open(place / f"{size}.kv", mode="w") as store:
+            lab = store.stream("lab", schema)
+            for first in range(0, 4000, size):
+                part = slice(first, first + size)
+                lab.append({"t": times[part], "x": values[part]})
+                store.flush()
+            hourly.export(lab, place / str(size), Settings())
+        made.append(contents(place / str(size)))
+    assert made[0] == made[1] == made[2]
+    (name,) = made[0]
+    assert hours.read(place / "7" / name)["x"].drop_null()[0].as_py() == sum(values) / 4000
