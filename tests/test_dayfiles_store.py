@@ -294,3 +294,34 @@ def test_a_mean_does_not_depend_on_how_rows_were_batched(place):
     assert made[0] == made[1] == made[2]
     (name,) = made[0]
     assert hours.read(place / "7" / name)["x"].drop_null()[0].as_py() == sum(values) / 4000
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--every", "5s"], "--every "),  # the default, but asked for
+        (["--fill", "none", "--trim"], "--fill, --trim "),
+        (["--hold", "1m"], "--hold "),
+        (["--with-flags"], "--with-flags "),
+    ],
+)
+def test_options_of_the_grid_need_the_grid(place, monkeypatch, capsys, options, named):
+    with kvstore.open(place / "m.kv", mode="w") as store:
+        store.stream("lab").append({"timestamps": [EVE], "x": [1.0]})
+    export = ("export", place / "m.kv", "--stream", "lab", "-o", place / "lab.csv")
+    assert run(monkeypatch, *export, *options) == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert f"{named}" in said
+    assert "add --layout hourly" in said
+    assert not (place / "lab.csv").exists()
+
+
+def test_a_stream_of_arrays_says_what_it_has_and_what_can_be_exported(place, monkeypatch, capsys):
+    with kvstore.open(place / "run.kv", mode="w") as store:
+        store.stream("particles").append({"timestamps": [EVE], "spectral": [[1.0, 2.0]]})
+    export = ("export", place / "run.kv", "--layout", "hourly", "-o", place / "out")
+    assert run(monkeypatch, *export) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "spectral (float64, 2 a row)" in said
+    assert "-o particles.parquet" in said
+    assert not (place / "out").exists()
