@@ -64,12 +64,11 @@ class Coverage(NamedTuple):
 
 
 class Hour(NamedTuple):
-    """An hour of a tree, to be written. coverage: of each column that has readings or values."""
+    """An hour of a tree, to be written."""
 
     tree: str
     start_ns: int
     table: pa.Table
-    coverage: dict[str, Coverage]
 
 
 class Facts(NamedTuple):
@@ -107,7 +106,7 @@ def hours(
             start_ns = grid.start_ns + number * HOUR_NS
             coverage = _coverage(filled.columns, counts[:, :, number])
             described = _described(table, filled.tree, start_ns, coverage, settings)
-            yield Hour(filled.tree, start_ns, described, coverage)
+            yield Hour(filled.tree, start_ns, described)
 
 
 def _counts(flags: Bytes, per_hour: int) -> npt.NDArray[np.int64]:
