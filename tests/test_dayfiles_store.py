@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -174,6 +175,72 @@ def test_each_row_behind_a_value_is_named_with_what_became_of_it(place):
     assert (nothing.state, nothing.value, nothing.sources) == ("missing", None, [])
     (place / "in" / "c.parquet").unlink()
     assert explain.explain(path, "module_voltage", at * 10**9).absent == ["c.parquet"]
+
+
+def test_inputs_are_found_again_by_their_content(place):
+    """A run after they were renamed makes nothing again, and the record keeps their old names."""
+    twice = [(EVE, "module_voltage", "54.0", module(1, 1))]
+    for name in ("a", "copy"):
+        save(place / "in" / "old" / f"{name}.parquet", twice)
+    save(place / "in" / "b.csv", [(EVE, "module_voltage", "56.0", module(1, 1))])
+    etl.convert(place / "in", place / "out")
+    path = place / "out" / "1_1" / "2024" / "02" / "28" / "23.parquet"
+
+    def explained():
+        found = explain.explain(path, "module_voltage", EVE * 10**9)
+        return [(source.file, source.use) for source in found.sources], found.absent
+
+    old = [
+        ("b.csv", "lost a conflict"),
+        ("old/a.parquet", "used"),
+        ("old/copy.parquet", "duplicate"),
+    ]
+    assert explained() == (old, [])
+    (place / "in" / "old").rename(place / "in" / "new")
+    (place / "in" / "new" / "copy.parquet").unlink()
+    save(place / "in" / "new" / "other.csv", [(EVE, "module_voltage", "50.0", module(1, 1))])
+    (place / "in" / "b.csv").rename(place / "in" / "z.csv")
+    assert explained() == ([("new/a.parquet", "used"), ("z.csv", "lost a conflict")], [])
+    (place / "in" / "z.csv").unlink()
+    assert explained()[1] == ["b.csv"]
+    shutil.rmtree(place / "in")
+    assert explained() == ([], ["b.csv", "old/a.parquet", "old/copy.parquet"])
+
+
+@pytest.mark.parametrize("keep", [save, save_wide])
+def test_rows_of_the_other_column_of_an_open_measure_are_none_of_a_value(place, keep):
+    """A number goes to NAME, a text to NAME_text: neither loses to the other."""
+    rows = [
+        (EVE, "pump", "7", module(1, 1)),
+        (EVE + 1, "pump", "stuck", module(1, 1)),
+        (EVE + 2, "pump", "9", module(1, 1)),
+    ]
+    keep(place / "in" / "a.parquet", rows)
+    etl.convert(place / "in", place / "out")
+    path = place / "out" / "1_1" / "2024" / "02" / "28" / "23.parquet"
+    for name, texts, value in (("pump", ["7", "9"], 8.0), ("pump_text", ["stuck"], "stuck")):
+        found = explain.explain(path, name, EVE * 10**9)
+        assert [(s.text, s.use) for s in found.sources] == [(text, "used") for text in texts]
+        assert (found.value, found.remade) == (value, value)
+
+
+@pytest.mark.parametrize("layout", ["long", "wide"])
+def test_bools_are_explained_as_the_numbers_that_they_are_read_as(place, layout):
+    long = {
+        "timestamp": [EVE, EVE + 1],
+        "payload_type": ["module_current"] * 2,
+        "value": [True, False],
+        "tags": [module(1, 1)] * 2,
+    }
+    wide = {"timestamp": [EVE, EVE + 1], "phase": [1, 1], "module": [1, 1]}
+    wide["module_current"] = [True, False]
+    (place / "in").mkdir()
+    pq.write_table(pa.table(long if layout == "long" else wide), place / "in" / "a.parquet")
+    etl.convert(place / "in", place / "out")
+    path = place / "out" / "1_1" / "2024" / "02" / "28" / "23.parquet"
+    found = explain.explain(path, "module_current", EVE * 10**9)
+    assert (found.value, found.remade) == (0.5, 0.5)
+    assert [(s.text, s.use) for s in found.sources] == [("True", "used"), ("False", "used")]
 
 
 def test_every_value_of_a_plant_is_explained_by_its_inputs(place):
