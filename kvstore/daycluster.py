@@ -8,10 +8,13 @@ this version of kvstore. The only importer of distributed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
-from typing import Final
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from typing import Any, Final
 
-from distributed import Client, as_completed
+from distributed import Client, KilledWorker, as_completed
 
 from kvstore.dayfiles.day import DayReport, Task, convert_day
 from kvstore.dayfiles.etl import Runner
@@ -25,15 +28,55 @@ def on_cluster(address: str) -> Runner:
     """Days on the workers of the scheduler at tcp://host:port, as many at a time as they take."""
 
     def run(tasks: Sequence[Task]) -> Iterator[DayReport]:
-        with connected(address) as client:
-            if not client.scheduler_info(n_workers=-1)["workers"]:
-                raise DayfilesError(f"{address}: the scheduler has no workers; start some")
-            futures = [client.submit(convert_day, t, pure=False, retries=RETRIES) for t in tasks]
-            for done in as_completed(futures, loop=client.loop):
-                yield done.result()
+        with _quiet_client(), connected(address) as client:
+            for done in as_completed(_submitted(client, address, tasks), loop=client.loop):
+                yield _report(done, address)
                 done.release()
 
     return run
+
+
+@contextmanager
+def _quiet_client() -> Iterator[None]:
+    """A client logs with a traceback what it also raises, or that it was closed meanwhile."""
+    logger = logging.getLogger("distributed.client")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _submitted(client: Client, address: str, tasks: Sequence[Task]) -> list[Any]:
+    """The futures of all days. Errors of days come from these; any other is the scheduler's."""
+    try:
+        if not client.scheduler_info(n_workers=-1)["workers"]:
+            raise DayfilesError(f"{address}: the scheduler has no workers; start some")
+        return [client.submit(convert_day, t, pure=False, retries=RETRIES) for t in tasks]
+    except OSError as error:
+        raise _lost(address, error) from error
+
+
+def _report(done: Any, address: str) -> DayReport:
+    try:
+        report: DayReport = done.result()
+    except KilledWorker as error:
+        raise DayfilesError(
+            f"{address}: workers died at one day again and again, perhaps for want of memory: days "
+            "that are done are kept; run again, with more memory for each worker"
+        ) from error
+    except CancelledError as error:
+        raise _lost(address, error) from error
+    return report
+
+
+def _lost(address: str, error: Exception) -> DayfilesError:
+    told = str(error).partition("\n")[0]
+    return DayfilesError(
+        f"{address}: the scheduler was lost, or started anew ({told}): days that are done are "
+        "kept; see that it runs, and run again"
+    )
 
 
 def connected(address: str) -> Client:

@@ -36,8 +36,9 @@ class Stored(NamedTuple):
 
 
 def store_days(root: Path, records: Mapping[int, Record], store: Store) -> Stored:
-    """Append all days of an output that the store does not have yet.
+    """Append all days of an output that are complete and that the store does not have yet.
 
+    A store keeps what it has, and the files of a day that is incomplete may yet change.
     store: opened with flush_interval_s=None, so that a day is one commit.
     """
     known = store.marks
@@ -45,7 +46,7 @@ def store_days(root: Path, records: Mapping[int, Record], store: Store) -> Store
     changed = []
     for day, record in sorted(records.items()):
         paths = _paths(root, day, record)
-        if not paths:
+        if not (record.complete and paths):
             continue
         mark, digest = _MARK + day_text(day), _digest(paths)
         if known.get(mark) == digest:

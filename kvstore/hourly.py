@@ -57,6 +57,7 @@ def export(
             "not make: give the export a folder of its own"
         )
     chosen, left_out = _fields(stream, fields)
+    root.mkdir(parents=True, exist_ok=True)
     columns = [_column(field) for field in chosen]
     dtype = stream.schema.time_dtype
     first = None if start is None else to_time(start, dtype, side="start")
@@ -83,14 +84,22 @@ def _fields(stream: Stream, names: Sequence[str] | None) -> tuple[list[Field], t
         raise SchemaError(f"no field {', '.join(sorted(unknown))} in stream {stream.name!r}")
     chosen = [f for f in wanted if _fits(f)]
     if not chosen:
+        has = ", ".join(_described(f) for f in schema.fields if f.name != schema.time)
         raise SchemaError(
-            f"stream {stream.name!r} has no field of single numbers or texts for a grid"
+            f"stream {stream.name!r}: no field of single numbers or texts for a grid; it has "
+            f"{has or 'nothing but times'}. Without --layout hourly all of it can be exported to a "
+            f"file, such as -o {escaped(stream.name)}.parquet"
         )
     return chosen, tuple(f.name for f in wanted if not _fits(f))
 
 
 def _fits(field: Field) -> bool:
     return not field.shape and (field.is_text or field.np_dtype.kind in _NUMBERS)
+
+
+def _described(field: Field) -> str:
+    shape = " x ".join(map(str, field.shape))
+    return f"{field.name} ({field.dtype}{f', {shape} a row' if shape else ''})"
 
 
 def _column(field: Field) -> Column:
@@ -125,7 +134,8 @@ class _Sums:
         there = ~np.isnan(values)
         places, times, values = places[there], times[there], values[there]
         self.seen[row, places] = True
-        self.totals[row] += np.bincount(places, weights=values, minlength=bins)
+        # One by one onto the sums so far: else a mean's last bit would tell batches apart.
+        np.add.at(self.totals[row], places, values)
         self.counts[row] += np.bincount(places, minlength=bins)
         ends = np.flatnonzero(np.diff(places, append=-1))  # the last row of each bin
         newer = ends[times[ends] >= self.last_ns[row, places[ends]]]

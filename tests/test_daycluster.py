@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from dayexports import plant, scatter, seconds
+from dayexports import module, plant, save, scatter, seconds
 from test_dayfiles import tree
 
 from kvstore.dayfiles import etl
@@ -56,12 +56,17 @@ def start(tmp_path):
         child.wait()
 
 
+def scheduling(start):
+    """A scheduler's process, and its address."""
+    port = free_port()
+    child = start("dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
+    until(lambda: answers(port))
+    return child, f"tcp://127.0.0.1:{port}"
+
+
 @pytest.fixture
 def scheduler(start):
-    port = free_port()
-    start("dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
-    until(lambda: answers(port))
-    return f"tcp://127.0.0.1:{port}"
+    return scheduling(start)[1]
 
 
 def answers(port):
@@ -114,3 +119,44 @@ def test_no_scheduler_and_no_workers_are_said(tmp_path, scheduler, monkeypatch):
             etl.convert(
                 tmp_path / "data", tmp_path / "out", Settings(), run=daycluster.on_cluster(address)
             )
+
+
+@pytest.fixture
+def three_days(tmp_path):
+    """An input of three days."""
+    rows = [(seconds(f"2024-03-0{day}"), "module_current", "1", module(1, 1)) for day in (1, 2, 3)]
+    save(tmp_path / "data" / "a.parquet", rows)
+    return tmp_path / "data"
+
+
+def test_a_day_whose_workers_die_ends_the_run_with_advice(tmp_path, start, monkeypatch, three_days):
+    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "0")
+    _, address = scheduling(start)
+    worker(start, address)
+    with distributed.Client(address, set_as_default=False) as client:
+        client.wait_for_workers(1, timeout=DEADLINE_S)
+    monkeypatch.setattr(daycluster, "convert_day", lambda _: os._exit(1))
+    run = daycluster.on_cluster(address)
+    with pytest.raises(DayfilesError, match=r"workers died .* that are done are kept") as ended:
+        etl.convert(three_days, tmp_path / "out", Settings(), run=run)
+    assert isinstance(ended.value.__cause__, distributed.KilledWorker)
+
+
+def test_a_scheduler_that_is_lost_ends_the_run_with_advice(tmp_path, start, three_days, caplog):
+    """The days that were done stay, and the next run makes the others."""
+    child, address = scheduling(start)
+    worker(start, address)
+    with distributed.Client(address, set_as_default=False) as client:
+        client.wait_for_workers(1, timeout=DEADLINE_S)
+
+    def lose(progress):
+        if progress.days == 1:
+            child.kill()
+            child.wait()
+
+    run = daycluster.on_cluster(address)
+    with pytest.raises(DayfilesError, match=r"lost.* that are done are kept"):
+        etl.convert(three_days, tmp_path / "out", Settings(), run=run, progress=lose)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    made = etl.convert(three_days, tmp_path / "out").made
+    assert 1 <= len(made) < 3

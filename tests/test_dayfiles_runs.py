@@ -12,7 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -360,6 +362,33 @@ def test_what_killed_runs_left_is_removed(place, whole):
     assert contents(place / "out") == whole
 
 
+def test_runs_of_equal_process_ids_write_a_file_under_names_of_their_own(place, monkeypatch):
+    """Two containers, in which Dask makes a day twice. And all such names are known as ours."""
+    names = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda s, o: (names.append(s.name), replace(s, o))[1])
+    for content in (b"one", b"two"):
+        hours.put(place / "12.parquet", memoryview(content))
+    assert len(set(names)) == 2
+    assert all(map(days._is_ours, names))
+
+
+def test_a_file_whose_half_another_run_of_the_day_removed_is_written_again(place, monkeypatch):
+    """It takes it for what a killed run left."""
+    replace = Path.replace
+    others = ["removes"]
+
+    def meets_another_run(fresh, path):
+        if others:
+            others.pop()
+            hours.remove(fresh, place)
+        return replace(fresh, path)
+
+    monkeypatch.setattr(Path, "replace", meets_another_run)
+    assert hours.put(place / "1_1" / "12.parquet", memoryview(b"one"))
+    assert contents(place) == {"1_1/12.parquet": b"one"}
+
+
 def test_workers_end_with_a_killed_run(place):
     """Else they would wait for work for ever."""
     code = (
@@ -415,6 +444,37 @@ def test_two_runs_into_one_output_are_refused_and_shards_are_not(place):
             etl.convert(place / "in", place / "out")
         etl.convert(place / "in", place / "out", shard=Shard(0, 2))
     assert contents(place / "out")
+
+
+def test_a_shard_waits_for_a_run_that_brings_columns_in_line(place):
+    scatter(place / "in", ROWS)
+    with manifest.held(place / "out", alone=False):
+        pass
+    aligning = threading.Event()
+
+    def align():
+        with manifest.last_one(place / "out") as is_last:
+            assert is_last
+            aligning.set()
+            time.sleep(0.3)
+
+    with ThreadPoolExecutor(1) as other:
+        done = other.submit(align)
+        aligning.wait(5)
+        etl.convert(place / "in", place / "out", shard=Shard(0, 2))
+        done.result()
+    assert contents(place / "out")
+
+
+def test_a_shard_waits_for_no_whole_run_to_its_end(place, monkeypatch):
+    monkeypatch.setattr(manifest, "SHARD_WAIT_S", 0.2)
+    scatter(place / "in", ROWS)
+    with (
+        manifest.held(place / "out", alone=True),
+        pytest.raises(DayfilesError, match=r"by a run without --shard, .* 0.2 s") as refused,
+    ):
+        etl.convert(place / "in", place / "out", shard=Shard(0, 2))
+    assert "each need" not in str(refused.value)
 
 
 # ---- what is wrong with the input ----

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -175,6 +177,72 @@ def test_each_row_behind_a_value_is_named_with_what_became_of_it(place):
     assert explain.explain(path, "module_voltage", at * 10**9).absent == ["c.parquet"]
 
 
+def test_inputs_are_found_again_by_their_content(place):
+    """A run after they were renamed makes nothing again, and the record keeps their old names."""
+    twice = [(EVE, "module_voltage", "54.0", module(1, 1))]
+    for name in ("a", "copy"):
+        save(place / "in" / "old" / f"{name}.parquet", twice)
+    save(place / "in" / "b.csv", [(EVE, "module_voltage", "56.0", module(1, 1))])
+    etl.convert(place / "in", place / "out")
+    path = place / "out" / "1_1" / "2024" / "02" / "28" / "23.parquet"
+
+    def explained():
+        found = explain.explain(path, "module_voltage", EVE * 10**9)
+        return [(source.file, source.use) for source in found.sources], found.absent
+
+    old = [
+        ("b.csv", "lost a conflict"),
+        ("old/a.parquet", "used"),
+        ("old/copy.parquet", "duplicate"),
+    ]
+    assert explained() == (old, [])
+    (place / "in" / "old").rename(place / "in" / "new")
+    (place / "in" / "new" / "copy.parquet").unlink()
+    save(place / "in" / "new" / "other.csv", [(EVE, "module_voltage", "50.0", module(1, 1))])
+    (place / "in" / "b.csv").rename(place / "in" / "z.csv")
+    assert explained() == ([("new/a.parquet", "used"), ("z.csv", "lost a conflict")], [])
+    (place / "in" / "z.csv").unlink()
+    assert explained()[1] == ["b.csv"]
+    shutil.rmtree(place / "in")
+    assert explained() == ([], ["b.csv", "old/a.parquet", "old/copy.parquet"])
+
+
+@pytest.mark.parametrize("keep", [save, save_wide])
+def test_rows_of_the_other_column_of_an_open_measure_are_none_of_a_value(place, keep):
+    """A number goes to NAME, a text to NAME_text: neither loses to the other."""
+    rows = [
+        (EVE, "pump", "7", module(1, 1)),
+        (EVE + 1, "pump", "stuck", module(1, 1)),
+        (EVE + 2, "pump", "9", module(1, 1)),
+    ]
+    keep(place / "in" / "a.parquet", rows)
+    etl.convert(place / "in", place / "out")
+    path = place / "out" / "1_1" / "2024" / "02" / "28" / "23.parquet"
+    for name, texts, value in (("pump", ["7", "9"], 8.0), ("pump_text", ["stuck"], "stuck")):
+        found = explain.explain(path, name, EVE * 10**9)
+        assert [(s.text, s.use) for s in found.sources] == [(text, "used") for text in texts]
+        assert (found.value, found.remade) == (value, value)
+
+
+@pytest.mark.parametrize("layout", ["long", "wide"])
+def test_bools_are_explained_as_the_numbers_that_they_are_read_as(place, layout):
+    long = {
+        "timestamp": [EVE, EVE + 1],
+        "payload_type": ["module_current"] * 2,
+        "value": [True, False],
+        "tags": [module(1, 1)] * 2,
+    }
+    wide = {"timestamp": [EVE, EVE + 1], "phase": [1, 1], "module": [1, 1]}
+    wide["module_current"] = [True, False]
+    (place / "in").mkdir()
+    pq.write_table(pa.table(long if layout == "long" else wide), place / "in" / "a.parquet")
+    etl.convert(place / "in", place / "out")
+    path = place / "out" / "1_1" / "2024" / "02" / "28" / "23.parquet"
+    found = explain.explain(path, "module_current", EVE * 10**9)
+    assert (found.value, found.remade) == (0.5, 0.5)
+    assert [(s.text, s.use) for s in found.sources] == [("True", "used"), ("False", "used")]
+
+
 def test_every_value_of_a_plant_is_explained_by_its_inputs(place):
     """A held text and a held number over midnight among them."""
     scatter(place / "in", ROWS)
@@ -261,3 +329,66 @@ def test_days_of_another_store_are_its_own(place):
     assert (first.days, again.days, again.changed) == (2, 0, [])
     assert first.rows > 0
     assert tags() == [["message_source", "master"]]
+
+
+def test_a_day_that_is_not_complete_is_not_put_into_a_store(place):
+    """Its files may be those of a run that was killed, and what a store has it keeps."""
+    save(place / "in" / "a.parquet", ROWS)
+    records = etl.convert(place / "in", place / "out").records
+    day = EVE // 86400
+    doubted = records | {day: records[day]._replace(complete=False)}
+    with kvstore.open(place / "m.kv", mode="w", flush_interval_s=None) as store:
+        assert daystreams.store_days(place / "out", doubted, store).days == 1
+        assert store["1_1"].first()["timestamp"] >= np.datetime64("2024-02-29")
+        assert daystreams.store_days(place / "out", records, store).days == 1
+
+
+def test_a_mean_does_not_depend_on_how_rows_were_batched(place):
+    """Sums go one by one in the order of time: to the last bit, as those of convert."""
+    values = np.random.default_rng(1).uniform(-1, 1, 4000)
+    times = EVE + np.arange(4000) / 1000
+    schema = kvstore.Schema((kvstore.Field("t", "float64"), kvstore.Field("x", "float64")), "t")
+    made = []
+    for size in (4000, 700, 7):
+        with kvstore.open(place / f"{size}.kv", mode="w") as store:
+            lab = store.stream("lab", schema)
+            for first in range(0, 4000, size):
+                part = slice(first, first + size)
+                lab.append({"t": times[part], "x": values[part]})
+                store.flush()
+            hourly.export(lab, place / str(size), Settings())
+        made.append(contents(place / str(size)))
+    assert made[0] == made[1] == made[2]
+    (name,) = made[0]
+    assert hours.read(place / "7" / name)["x"].drop_null()[0].as_py() == sum(values) / 4000
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--every", "5s"], "--every "),  # the default, but asked for
+        (["--fill", "none", "--trim"], "--fill, --trim "),
+        (["--hold", "1m"], "--hold "),
+        (["--with-flags"], "--with-flags "),
+    ],
+)
+def test_options_of_the_grid_need_the_grid(place, monkeypatch, capsys, options, named):
+    with kvstore.open(place / "m.kv", mode="w") as store:
+        store.stream("lab").append({"timestamps": [EVE], "x": [1.0]})
+    export = ("export", place / "m.kv", "--stream", "lab", "-o", place / "lab.csv")
+    assert run(monkeypatch, *export, *options) == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert f"{named}" in said
+    assert "add --layout hourly" in said
+    assert not (place / "lab.csv").exists()
+
+
+def test_a_stream_of_arrays_says_what_it_has_and_what_can_be_exported(place, monkeypatch, capsys):
+    with kvstore.open(place / "run.kv", mode="w") as store:
+        store.stream("particles").append({"timestamps": [EVE], "spectral": [[1.0, 2.0]]})
+    export = ("export", place / "run.kv", "--layout", "hourly", "-o", place / "out")
+    assert run(monkeypatch, *export) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "spectral (float64, 2 a row)" in said
+    assert "-o particles.parquet" in said
+    assert not (place / "out").exists()

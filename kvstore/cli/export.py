@@ -34,10 +34,12 @@ from kvstore.ingest import PARTICLES
 from kvstore.stream import Stream
 from kvstore.timestamps import Unit
 
+_GRID_OPTIONS: Final = ("every", "fill", "hold", "with_flags", "trim")
 _FORMATS: Final = "Its end says the format: .npz .npy .csv .jsonl .parquet .arrow .h5 .zarr"
 
 
 def export(
+    context: typer.Context,
     path: StorePath,
     *,
     output: Annotated[
@@ -78,6 +80,7 @@ def export(
         span = (start, stop, last)
         _export_hourly(path, output, span, stream, fields, chosen=chosen, as_json=as_json)
         return
+    _refuse_grid_options(context)
     _check_suffix(output, FORMATS)
     check_format(output)
     libc.keep_freed_memory()
@@ -103,6 +106,19 @@ def export(
         raise typer.Exit(LOSS)
 
 
+def _refuse_grid_options(context: typer.Context) -> None:
+    """Refuse what a plain file would be silently made without; defaults that were asked for too."""
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in _GRID_OPTIONS
+        if (source := context.get_parameter_source(name)) and source.name != "DEFAULT"
+    ]
+    if given:
+        raise typer.BadParameter(
+            f"{', '.join(given)} only with a grid: add --layout hourly, with -o FOLDER"
+        )
+
+
 def _export_hourly(
     path: Path, root: Path, span: tuple[Any, Any, Any], name: str | None, fields: str | None,
     *, chosen: tuple[Any, ...], as_json: bool,
@@ -114,7 +130,6 @@ def _export_hourly(
     with stores.open_store(path) as store:
         target = store[stream_name(store, name)]
         start = start if last is None else start_of_last(target, last)
-        root.mkdir(parents=True, exist_ok=True)
         written = hourly.export(
             target, root, Settings(*chosen), start=start, stop=stop, fields=field_names(fields)
         )

@@ -6,7 +6,9 @@ again of what they have: so an explanation also shows where an output is older t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from kvstore.dayfiles import hours
-from kvstore.dayfiles.cells import cells, number, texts, times_ns
+from kvstore.dayfiles.arrays import arrow, truths
+from kvstore.dayfiles.cells import Cells, cells, numbers, texts, times_ns
 from kvstore.dayfiles.chunk import (
     DROPPED,
     TIME,
@@ -27,7 +30,7 @@ from kvstore.dayfiles.chunk import (
     wide_trees,
 )
 from kvstore.dayfiles.day import HOLD_S_MAX, day_text
-from kvstore.dayfiles.exports import Export, batches_of, examined
+from kvstore.dayfiles.exports import Export, batches_of, examined, files_below, hashed
 from kvstore.dayfiles.grid import (
     DAY_NS,
     HELD,
@@ -44,7 +47,7 @@ from kvstore.dayfiles.grid import (
 from kvstore.dayfiles.manifest import Manifest, Record
 from kvstore.dayfiles.measures import TEXT_SUFFIX, Column, column
 from kvstore.dayfiles.readings import Merged, Part, merged
-from kvstore.dayfiles.series import column_of_header
+from kvstore.dayfiles.series import Series, column_of_header
 from kvstore.errors import DayfilesError
 from kvstore.timestamps import NS_PER_S
 
@@ -67,7 +70,7 @@ class Explanation(NamedTuple):
 
     state: observed, held, interpolated or missing. bins_ns: the bins whose readings it is made
     of: its own, the one that is held, or the two around it. remade: the same, of the inputs as
-    they are now. absent: inputs that the manifest names and that are gone.
+    they are now. absent: inputs that are gone: no file of the source folder has their content.
     """
 
     path: str
@@ -94,7 +97,10 @@ def explain(path: Path, column_name: str, time_ns: int) -> Explanation:
         raise DayfilesError(f"{root} has no record of {day_text(day)}: convert it again first")
     grid = lattice(place, facts.every_ns, record.settings, HOLD_S_MAX)
     found = _Found(facts.tree, column_name, grid)
-    absent = found.read(record)
+    inputs, absent = _inputs(record, root)
+    for export in inputs:
+        if export.overlaps(grid.window):
+            found.read(export)
     return found.explained(str(path), place, value, record.settings, absent)
 
 
@@ -117,10 +123,50 @@ def _iso(time_ns: int) -> str:
 
 
 class _Row(NamedTuple):
+    """A row of the series. number: as convert reads its value, NaN for none."""
+
     file: str
     row: int
     time_ns: int
     text: str | None
+    number: float
+
+
+def _inputs(record: Record, root: Path) -> tuple[list[Export], list[str]]:
+    """The inputs of a day, whatever they are called now; and those that are gone.
+
+    A day whose inputs were renamed is not made again, so its record has the names of old.
+    """
+    source = Path(record.source)
+    found: dict[str, Export] = {}
+    missing = []
+    for fed in record.report.inputs:
+        path = str(source / fed.name if source.is_dir() else source)
+        export = examined(path, fed.name)
+        if isinstance(export, Export):
+            found[path] = export
+        else:
+            missing.append(fed)
+    sought = {record.sizes.get(fed.name) for fed in missing}
+    below = files_below(source, outside=root) if missing and source.is_dir() else ()
+    moved = [hashed(e) for e in _exports_of_sizes(below, sought)]
+    by_digest = {export.digest: export for export in moved if isinstance(export, Export)}
+    # An input that is there under its own name may be a copy of one that is gone: it is read once.
+    again = [by_digest[fed.digest] for fed in missing if fed.digest in by_digest]
+    found = {export.path: export for export in again} | found
+    gone = [fed.name for fed in missing if fed.digest not in by_digest]
+    return sorted(found.values(), key=lambda export: export.name), gone
+
+
+def _exports_of_sizes(
+    files: Iterable[tuple[str, str]], sizes: Container[int | None]
+) -> Iterator[Export]:
+    for path, name in files:
+        with suppress(OSError):  # a file that goes meanwhile is none
+            if Path(path).stat().st_size in sizes:
+                export = examined(path, name)
+                if isinstance(export, Export):
+                    yield export
 
 
 class _Found:
@@ -133,20 +179,8 @@ class _Found:
         self._rows: list[_Row] = []
         self._parts: list[Part] = []
 
-    def read(self, record: Record) -> list[str]:
-        """Read the inputs of a day; returns those that are gone."""
-        absent = []
-        for fed in record.report.inputs:
-            source = Path(record.source)
-            path = source / fed.name if source.is_dir() else source
-            export = examined(str(path), fed.name)
-            if not isinstance(export, Export):
-                absent.append(fed.name)
-            elif export.overlaps(self._grid.window):
-                self._read(export)
-        return absent
-
-    def _read(self, export: Export) -> None:
+    def read(self, export: Export) -> None:
+        """Read what an input has."""
         kinds = Kinds()
         window = self._grid.window
         for first, batch in batches_of(export, window):
@@ -155,11 +189,11 @@ class _Found:
             else:
                 chunk, rows = wide_chunk(batch, first, window), _wide_rows(batch)
             self._parts += chunk.parts
-            wanted = {self._key, self._key.removesuffix(TEXT_SUFFIX)}
             self._rows += [
-                _Row(export.name, first + row, ns, text)
-                for key, row, ns, text in rows
-                if key in wanted and window.start_ns <= ns < window.stop_ns
+                _Row(export.name, first + row, ns, text, value)
+                for series, row, ns, text, value in rows
+                if _target(series, text, value) == self._key
+                and window.start_ns <= ns < window.stop_ns
             ]
 
     def explained(
@@ -210,7 +244,8 @@ class _Found:
             inside = Window(start, start + self._grid.every_ns)
             rows = [r for r in self._rows if inside.start_ns <= r.time_ns < inside.stop_ns]
             for row in sorted(rows, key=lambda r: (r.time_ns, r.file, r.row)):
-                yield Source(*row, self._use(row, stays, seen))
+                use = self._use(row, stays, seen)
+                yield Source(row.file, row.row, row.time_ns, row.text, use)
 
     def _staying(self, readings: Merged) -> Mapping[int, Any]:
         """The value that stays of each time."""
@@ -226,7 +261,7 @@ class _Found:
         return dict(zip(readings.times_ns[own].tolist(), told, strict=True))
 
     def _use(self, row: _Row, stays: Mapping[int, Any], seen: set[int]) -> Use:
-        value = row.text if self._column.measure.is_text else number(row.text)
+        value = row.text if self._column.measure.is_text else row.number
         if value is None or value != value:  # noqa: PLR0124  # NaN
             return "unreadable"
         if value != stays.get(row.time_ns):
@@ -241,28 +276,47 @@ def _keys(bins: Bins) -> list[str]:
     return [f"{bins.tree}/{column.name}" for column in bins.columns]
 
 
-def _long_rows(batch: Any, kinds: Kinds) -> Iterator[tuple[str, int, int, str | None]]:
-    """Series, row, time and value of each row that has a series."""
+def _target(series: Series, text: str | None, value: float) -> str:
+    """The key of the series that a row goes to: texts of an open measure have one of their own."""
+    is_word = series.column.measure.is_open and text is not None and math.isnan(value)
+    return series.key + TEXT_SUFFIX if is_word else series.key
+
+
+_Told = tuple[Series, int, int, str | None, float]
+
+
+def _long_rows(batch: Any, kinds: Kinds) -> Iterator[_Told]:
+    """Series, row, time, text and number of each row that has a series."""
     times, values = cells(batch.column(TIME)), cells(batch.column("value"))
     names = cells(batch.column("payload_type"))
     series, codes = kinds.of_chunk(names, tag_codes(batch.column("tags"), kinds.tags))
-    ns, words = times_ns(times.distinct).tolist(), texts(values.distinct)
-    triples = zip(codes.tolist(), times.codes.tolist(), values.codes.tolist(), strict=True)
-    for row, (code, time, value) in enumerate(triples):
+    ns, told = times_ns(times.distinct).tolist(), _told(values)
+    for row, (code, time, value) in enumerate(
+        zip(codes.tolist(), times.codes.tolist(), values.codes.tolist(), strict=True)
+    ):
         one = series[code]
         if one is not None:
-            yield one.key, row, ns[time], words[value]
+            yield one, row, ns[time], *told[value]
 
 
-def _wide_rows(batch: Any) -> Iterator[tuple[str, int, int, str | None]]:
+def _wide_rows(batch: Any) -> Iterator[_Told]:
     times = cells(batch.column(TIME))
     ns = times_ns(times.distinct).tolist()
     trees, places = wide_trees(batch)
     for name in batch.schema.names:
         if name in WIDE or name == DROPPED:
             continue
-        told = column_of_header(name).name
-        for row, value in enumerate(batch.column(name).to_pylist()):
+        header, found = column_of_header(name), batch.column(name)
+        rows = np.flatnonzero(truths(found.is_valid()))
+        values = cells(found.take(arrow(rows)))
+        told = _told(values)
+        for row, value in zip(rows.tolist(), values.codes.tolist(), strict=True):
             tree = trees[places[row]]
-            if value is not None and tree is not None:
-                yield f"{tree}/{told}", row, ns[times.codes[row]], str(value)
+            if tree is not None:
+                yield Series(tree, header), row, ns[times.codes[row]], *told[value]
+
+
+def _told(values: Cells) -> list[tuple[str | None, float]]:
+    """Distinct cells as they are printed, and as convert reads them: a bool is a number to it."""
+    words, floats = texts(values.distinct), numbers(values.distinct).tolist()
+    return list(zip(words, floats, strict=True))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -50,6 +50,9 @@ KEY: Final = b"kvstore.dayfiles"
 _VERSION: Final = 1
 _TIME_TYPE: Final = pa.timestamp("us", tz="UTC")
 _SORTED: Final = (pq.SortingColumn(0),)
+# Once for want of the folder, else because another run of the same day took the unfinished file
+# for what a killed one left: it does so once, at its end.
+_PUTS_MAX: Final = 4
 
 
 class Coverage(NamedTuple):
@@ -61,12 +64,11 @@ class Coverage(NamedTuple):
 
 
 class Hour(NamedTuple):
-    """An hour of a tree, to be written. coverage: of each column that has readings or values."""
+    """An hour of a tree, to be written."""
 
     tree: str
     start_ns: int
     table: pa.Table
-    coverage: dict[str, Coverage]
 
 
 class Facts(NamedTuple):
@@ -104,7 +106,7 @@ def hours(
             start_ns = grid.start_ns + number * HOUR_NS
             coverage = _coverage(filled.columns, counts[:, :, number])
             described = _described(table, filled.tree, start_ns, coverage, settings)
-            yield Hour(filled.tree, start_ns, described, coverage)
+            yield Hour(filled.tree, start_ns, described)
 
 
 def _counts(flags: Bytes, per_hour: int) -> npt.NDArray[np.int64]:
@@ -296,18 +298,27 @@ def put(path: Path, content: memoryview) -> bool:
     """Make the file have this content; False where it has it already."""
     if _has(path, content):
         return False
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        _write(fresh, content)
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(fresh, content)
+    # Not by the pid: two containers that were given the same day may both have it.
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    for left in reversed(range(_PUTS_MAX)):
+        try:
+            _write(fresh, content)
+            _rename(fresh, path)
+        except FileNotFoundError:
+            if not left:
+                raise
+            path.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            break
+    return True
+
+
+def _rename(fresh: Path, path: Path) -> None:
     try:
         fresh.replace(path)
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise
-    return True
 
 
 def _write(path: Path, content: memoryview) -> None:

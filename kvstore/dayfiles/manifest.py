@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ from kvstore.layout import sync_folder, write_durably
 
 FOLDER: Final = ".dayfiles"
 _VERSION: Final = 1  # of records, and of what is made from the same input
+SHARD_WAIT_S: Final = 120  # another shard's run may be bringing the columns of a month in line
+_POLL_S: Final = 0.1
 
 
 class Record(NamedTuple):
@@ -127,12 +130,27 @@ def held(root: Path, *, alone: bool) -> Iterator[None]:
     folder = root / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("ab") as file:
-        if not _locked(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+        if alone and not _locked(file, fcntl.LOCK_EX):
             raise DayfilesError(
                 f"{root} is being written by another run: wait until it has ended; runs that share "
                 "the work each need their --shard"
             )
+        if not alone and not _locked_in_time(file):
+            raise DayfilesError(
+                f"{root} is being written by a run without --shard, or by one that brings columns "
+                f"in line, and was for {SHARD_WAIT_S} s: run this shard again once that has ended"
+            )
         yield
+
+
+def _locked_in_time(file: Any) -> bool:
+    """Whether a shard's lock came to be held within the time that it waits."""
+    deadline = time.monotonic() + SHARD_WAIT_S
+    while not _locked(file, fcntl.LOCK_SH):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
 
 
 @contextmanager

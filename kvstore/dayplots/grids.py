@@ -13,11 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kvstore.dayfiles.grid import HOUR_NS, MISSING, OBSERVED
-from kvstore.dayfiles.hours import FLAG_SUFFIX, TIME, Coverage, Facts, facts_of
+from kvstore.dayfiles.hours import FLAG_SUFFIX, TIME, Coverage, Facts, facts_of, read
 from kvstore.errors import KvstoreError
 from kvstore.timestamps import NS_PER_S
 
@@ -109,11 +108,7 @@ def load(output: Path, tree: str, day: date, days: int = 1) -> Grid:
         )
     start_ns = int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * NS_PER_S
     bins = days * 24 * HOUR_NS // every_ns
-    return _laid_out(tree, start_ns, every_ns, bins, map(_read, found))
-
-
-def _read(path: Path) -> pa.Table:
-    return pq.read_table(path, partitioning=None)
+    return _laid_out(tree, start_ns, every_ns, bins, map(read, found))
 
 
 def _laid_out(
@@ -128,9 +123,9 @@ def _laid_out(
         for name in table.column_names:
             if not pa.types.is_float64(table.schema.field(name).type):
                 continue
-            read = table[name].to_numpy()
-            values.setdefault(name, np.full(bins, np.nan))[places] = read
-            flag = np.where(np.isnan(read), MISSING, OBSERVED).astype(np.int8)
+            found = table[name].to_numpy()
+            values.setdefault(name, np.full(bins, np.nan))[places] = found
+            flag = np.where(np.isnan(found), MISSING, OBSERVED).astype(np.int8)
             if name + FLAG_SUFFIX in table.column_names:
                 told_apart = True
                 flag = table[name + FLAG_SUFFIX].to_numpy()
