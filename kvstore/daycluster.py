@@ -9,6 +9,7 @@ this version of kvstore. The only importer of distributed.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from kvstore.dayfiles.etl import Runner
 from kvstore.errors import DayfilesError
 
 CONNECT_S: Final = 30  # a scheduler that does not answer in that time is not there
+WORKERS_WAIT_S: Final = 120  # a nanny or an autoscaler has brought others by then
+_LOOK_S: Final = 0.1  # a day takes seconds
 RETRIES: Final = 2  # of a day that fails: a passing fault of a worker's disk or network
 
 
@@ -29,7 +32,7 @@ def on_cluster(address: str) -> Runner:
 
     def run(tasks: Sequence[Task]) -> Iterator[DayReport]:
         with _quiet_client(), connected(address) as client:
-            for done in as_completed(_submitted(client, address, tasks), loop=client.loop):
+            for done in _completed(client, address, _submitted(client, address, tasks)):
                 yield _report(done, address)
                 done.release()
 
@@ -49,13 +52,36 @@ def _quiet_client() -> Iterator[None]:
 
 
 def _submitted(client: Client, address: str, tasks: Sequence[Task]) -> list[Any]:
-    """The futures of all days. Errors of days come from these; any other is the scheduler's."""
+    if not _has_workers(client, address):
+        raise DayfilesError(f"{address}: the scheduler has no workers; start some")
+    return [client.submit(convert_day, task, pure=False, retries=RETRIES) for task in tasks]
+
+
+def _has_workers(client: Client, address: str) -> bool:
     try:
-        if not client.scheduler_info(n_workers=-1)["workers"]:
-            raise DayfilesError(f"{address}: the scheduler has no workers; start some")
-        return [client.submit(convert_day, t, pure=False, retries=RETRIES) for t in tasks]
+        return bool(client.scheduler_info(n_workers=1)["workers"])
     except OSError as error:
         raise _lost(address, error) from error
+
+
+def _completed(client: Client, address: str, futures: Sequence[Any]) -> Iterator[Any]:
+    """Futures as they end. Dask itself would wait for ever where the last worker has died."""
+    waiting = as_completed(futures, loop=client.loop)
+    had_workers_s = time.monotonic()
+    while not waiting.is_empty():
+        if waiting.has_ready():
+            yield next(waiting)
+            had_workers_s = time.monotonic()
+        elif _has_workers(client, address):
+            had_workers_s = time.monotonic()
+            time.sleep(_LOOK_S)
+        elif time.monotonic() - had_workers_s > WORKERS_WAIT_S:
+            raise DayfilesError(
+                f"{address}: the scheduler has had no workers for {WORKERS_WAIT_S} s: days that "
+                "are done are kept; start workers, and run again"
+            )
+        else:
+            time.sleep(_LOOK_S)
 
 
 def _report(done: Any, address: str) -> DayReport:

@@ -160,3 +160,16 @@ def test_a_scheduler_that_is_lost_ends_the_run_with_advice(tmp_path, start, thre
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
     made = etl.convert(three_days, tmp_path / "out").made
     assert 1 <= len(made) < 3
+
+
+def test_a_run_does_not_wait_for_workers_for_ever(tmp_path, start, monkeypatch, three_days):
+    """All died, each at another day: none of the days is given up, and nobody makes them."""
+    _, address = scheduling(start)
+    worker(start, address)
+    with distributed.Client(address, set_as_default=False) as client:
+        client.wait_for_workers(1, timeout=DEADLINE_S)
+    monkeypatch.setattr(daycluster, "WORKERS_WAIT_S", 1)
+    monkeypatch.setattr(daycluster, "convert_day", lambda _: os._exit(1))
+    run = daycluster.on_cluster(address)
+    with pytest.raises(DayfilesError, match=r"no workers for 1 s.* that are done are kept"):
+        etl.convert(three_days, tmp_path / "out", Settings(), run=run)
