@@ -43,6 +43,7 @@ def run(monkeypatch, *arguments):
     return ended.value.code or 0
 
 
+@pytest.mark.slow
 def test_streams_of_day_files_become_the_same_day_files(place, monkeypatch):
     """Bins that are not filled go into a store; from there, filled, they are what convert makes."""
     save(place / "in" / "a.parquet", ROWS)

@@ -84,6 +84,7 @@ def test_a_file_that_is_no_hour_file_is_named(tmp_path, content):
         load(tmp_path / "out", "1_1", DAY)
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_with_titles_and_units(output, tmp_path):
     for name, figure in figures(output, "1_1", "2024-07-29"):
         figure.savefig(tmp_path / f"{name}.png", dpi=40)

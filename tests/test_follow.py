@@ -525,6 +525,7 @@ def test_a_follower_started_first_sees_writers_come_go_and_die(path, tmp_path):
     assert len(seen) == 81
 
 
+@pytest.mark.slow
 def test_kill_9_of_a_follower_repeats_a_little_and_loses_nothing(path, tmp_path):
     kept = path.parent / "cursor"
     filled(path, 1)

@@ -161,6 +161,7 @@ def copied_with_kills(path, tmp_path, kills):
     assert sorted(numbers_in(copy)) == list(range(rows))
 
 
+@pytest.mark.slow
 def test_the_copier_of_the_docs_copies_exactly_once_however_often_it_is_killed(path, tmp_path):
     copied_with_kills(path, tmp_path, KILLS_QUICK)
 

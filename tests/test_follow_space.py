@@ -55,6 +55,7 @@ def drop_sealed(path):
         file.unlink()
 
 
+@pytest.mark.slow
 def test_a_caller_that_sits_on_a_batch_holds_at_most_the_segment_it_came_from(broken_path):
     written(broken_path, 0, 3)
     with kvstore.open(broken_path) as store:
@@ -74,6 +75,7 @@ def test_a_caller_that_sits_on_a_batch_holds_at_most_the_segment_it_came_from(br
         assert deleted_but_open() == set()
 
 
+@pytest.mark.slow
 def test_the_command_lets_go_of_dropped_segments_while_its_reader_is_stuck(broken_path):
     written(broken_path, 0, 350)
     with command("read", broken_path, "--follow") as child:
@@ -103,6 +105,7 @@ LIMITED = """
 """
 
 
+@pytest.mark.slow
 def test_retention_that_overtakes_a_follower_is_one_gap_with_the_right_count(path):
     run(LIMITED, ROOT, path, KEPT_BYTES, 0, 3)
     gaps = []
@@ -119,6 +122,7 @@ def test_retention_that_overtakes_a_follower_is_one_gap_with_the_right_count(pat
         assert deleted_but_open() == set()
 
 
+@pytest.mark.slow
 def test_a_follower_beside_a_writer_under_its_limit_accounts_for_every_batch(path):
     """Slow at times: some is dropped under its hands, in whatever state of its work."""
     kvstore.open(path, "w").close()

@@ -55,6 +55,7 @@ def test_handles_are_refused_in_a_forked_child(path):
     store.close()
 
 
+@pytest.mark.slow
 def test_a_child_may_open_anew_while_the_parent_goes_on(path):
     store = kvstore.open(path, "w", **TINY)
     append_batches(store, range(20))

@@ -161,6 +161,7 @@ def test_killed_writers_lose_nothing_in_many_kills(path, tmp_path, where):
         check_store(store)
 
 
+@pytest.mark.slow
 def test_a_reader_lives_through_its_writers(path):
     """One reading handle, kept open while writers come and are killed."""
     kvstore.open(path, "w").close()
@@ -218,6 +219,7 @@ def kill_readers(path, kills):
         assert len(store["s"]) == appended[0] * 500
 
 
+@pytest.mark.slow
 def test_killed_readers_do_not_disturb_the_writer(path):
     kill_readers(path, 5)
 

@@ -21,7 +21,6 @@ import numcodecs.blosc
 import numpy as np
 import pytest
 from powercut import checker, disk, recorder
-from stores import quick_first
 
 import kvstore
 from kvstore import libc
@@ -227,11 +226,13 @@ def test_every_promise_survives_many_power_cuts(record):
     assert not report.failures, report
 
 
-@pytest.mark.parametrize("broken", quick_first(GUARDS))
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", GUARDS)
 def test_a_store_without_one_of_its_syncs_is_caught(record, broken):
     assert checker.is_caught(record(broken), check_store, count=60, warm_up=warm_up)
 
 
+@pytest.mark.slow
 def test_a_disk_that_lies_is_caught(record):
     log_path = record("nothing", lying=True)
     assert checker.is_caught(log_path, check_store, count=60, warm_up=warm_up)

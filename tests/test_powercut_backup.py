@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from powercut import checker, disk, recorder
-from stores import quick_first
 from test_powercut import replace_sync_of
 
 import kvstore
@@ -61,7 +60,8 @@ def test_a_backup_survives_a_power_cut(record):
     assert set(report.met) == {"no store", "promised", "more"}
 
 
-@pytest.mark.parametrize("broken", quick_first(GUARDS))
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", GUARDS)
 def test_a_backup_without_one_of_its_syncs_is_caught(record, broken):
     assert checker.is_caught(record(broken), check_backup, count=50)
 

@@ -114,6 +114,7 @@ def test_a_reader_that_meets_a_reopening_does_not_take_writing_away(path):
 # ---- readers during writing ----
 
 
+@pytest.mark.slow
 def test_readers_see_whole_batches_in_order_over_rolls(path):
     """One in this process, several in others, opened before and during the writing."""
     reader_code = """

@@ -265,6 +265,7 @@ def shell(script, path, **options):
     )
 
 
+@pytest.mark.slow
 def test_replay_into_write_while_followed_into_a_third_store(path):
     """Follow, replay and write chain in a shell; all three stores hold the same."""
     with kvstore.open(path, "w", segment_bytes=64 << 10) as store:

@@ -623,6 +623,7 @@ def kill_operators(path, kills):
                 store.unpin(pin.pin_id)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_drops_and_pins(path):
     kill_operators(path, 4)
 
@@ -650,6 +651,7 @@ WRITER = """
 """
 
 
+@pytest.mark.slow
 def test_others_can_set_pin_drop_and_unpin_while_a_process_writes(path):
     with start(WRITER, path, stdin=subprocess.PIPE) as child:
         assert child.stdout.readline() == "ready\n"

@@ -438,6 +438,7 @@ def test_an_interrupted_run_is_resumed(path):
     assert verify(path, since_last=True, state_path=state).skipped == 1
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed(path):
     code = """
         import sys
@@ -483,6 +484,7 @@ def test_a_full_disk_costs_the_memory_of_it_and_not_the_report(path, tmp_path):
         subprocess.run(["umount", tmp_path], check=True)
 
 
+@pytest.mark.slow
 def test_the_rate_is_kept(path):
     size = sum(file.stat().st_size for file in segments(path))
     begun = time.monotonic()
