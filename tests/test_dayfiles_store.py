@@ -310,6 +310,17 @@ def test_a_wide_row_without_a_phase_is_explained(place):
     assert [(source.row, source.use) for source in found.sources] == [(0, "used")]
 
 
+def test_nan_in_a_wide_table_is_no_row_of_an_explanation(place):
+    table = {"timestamp": [EVE, EVE + 1], "phase": ["1", "1"], "module": ["2", "2"]}
+    table["module_current"] = [3.0, float("nan")]
+    (place / "in").mkdir()
+    pq.write_table(pa.table(table), place / "in" / "a.parquet")
+    etl.convert(place / "in", place / "out")
+    path = place / "out" / "1_2" / "2024" / "02" / "28" / "23.parquet"
+    found = explain.explain(path, "module_current", EVE * 10**9)
+    assert [(source.row, source.use) for source in found.sources] == [(0, "used")]
+
+
 def test_a_stream_is_not_exported_among_day_files(place, monkeypatch, capsys):
     """The next run would remove its hours: it did not make them."""
     save(place / "in" / "a.parquet", ROWS)

@@ -140,13 +140,18 @@ def wide_chunk(batch: pa.RecordBatch, first_row: int, window: Window) -> Chunk:
     for name in batch.schema.names:
         if name in WIDE or name == DROPPED:
             continue
-        column, target = batch.column(name), column_of_header(name)
-        filled = np.flatnonzero(~truths(column.is_null(nan_is_null=True)))
-        values = cells(column.take(arrow(filled)))
+        target = column_of_header(name)
+        filled, values = wide_cells(batch.column(name))
         series = [None if tree is None else Series(tree, target) for tree in trees]
         rows = _Rows(series, pairs[filled], ns, times.codes[filled], values, first_row, filled)
         chunks.append(rows.chunk(window))
     return _together(chunks)
+
+
+def wide_cells(column: pa.Array) -> tuple[Ints, Cells]:
+    """The rows of a wide column that have a reading, and its cells there."""
+    filled = np.flatnonzero(~truths(column.is_null(nan_is_null=True)))
+    return filled, cells(column.take(arrow(filled)))
 
 
 def wide_trees(batch: pa.RecordBatch) -> tuple[list[str | None], Codes]:

@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from kvstore.dayfiles import hours
-from kvstore.dayfiles.arrays import arrow, truths
 from kvstore.dayfiles.cells import Cells, cells, numbers, texts, times_ns
 from kvstore.dayfiles.chunk import (
     DROPPED,
@@ -26,6 +25,7 @@ from kvstore.dayfiles.chunk import (
     Window,
     long_chunk,
     tag_codes,
+    wide_cells,
     wide_chunk,
     wide_trees,
 )
@@ -306,9 +306,8 @@ def _wide_rows(batch: Any) -> Iterator[_Told]:
     for name in batch.schema.names:
         if name in WIDE or name == DROPPED:
             continue
-        header, found = column_of_header(name), batch.column(name)
-        rows = np.flatnonzero(truths(found.is_valid()))
-        values = cells(found.take(arrow(rows)))
+        header = column_of_header(name)
+        rows, values = wide_cells(batch.column(name))
         told = _told(values)
         for row, value in zip(rows.tolist(), values.codes.tolist(), strict=True):
             tree = trees[places[row]]
