@@ -71,17 +71,11 @@ class Field:
     unit: str = ""
     description: str = ""
     fill: Any = _NO_FILL
-    is_text: bool = dataclasses.field(init=False, repr=False, compare=False)
-    """Whether values are str or None."""
-    row_bytes: int = dataclasses.field(init=False, repr=False, compare=False)
-    """Bytes of one row, uncompressed; text counts its references."""
 
     def __post_init__(self) -> None:
         check_name(self.name, "field")
         object.__setattr__(self, "dtype", _canonical(self.dtype, self.name))
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
-        object.__setattr__(self, "is_text", self.dtype == _TEXT)
-        object.__setattr__(self, "row_bytes", self.np_dtype.itemsize * math.prod(self.shape))
         if any(n < 0 for n in self.shape):
             raise SchemaError(f"field {self.name!r}: shape {self.shape} has a negative length")
         if self.row_bytes > ROW_BYTES_MAX:
@@ -98,6 +92,16 @@ class Field:
     def np_dtype(self) -> np.dtype[Any]:
         """The dtype of arrays of this field; object for text."""
         return self.dtype  # type: ignore[return-value]  # made canonical in __post_init__
+
+    @property
+    def is_text(self) -> bool:
+        """Whether values are str or None."""
+        return self.np_dtype == _TEXT
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, uncompressed; text counts its references."""
+        return self.np_dtype.itemsize * math.prod(self.shape)
 
     def filled(self, rows: int) -> Array:
         """Rows of the fill value; NoFillError where none would be honest."""
@@ -215,8 +219,6 @@ class Schema:
 
     fields: tuple[Field, ...]
     time: str = ""
-    names: tuple[str, ...] = dataclasses.field(init=False, repr=False, compare=False)
-    """The fields' names in order."""
     # What arrays must be to be taken as they are; empty where there is text, which never is.
     _exact: tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...] = dataclasses.field(
         init=False, repr=False, compare=False
@@ -224,8 +226,7 @@ class Schema:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fields", tuple(self.fields))
-        names = tuple(field.name for field in self.fields)
-        object.__setattr__(self, "names", names)
+        names = self.names
         if len(set(names)) != len(names) or not 1 <= len(names) <= FIELDS_MAX:
             raise SchemaError(f"a schema has 1 to {FIELDS_MAX} fields of different names: {names}")
         if not self.time:
@@ -236,6 +237,11 @@ class Schema:
         exact = tuple((each.name, each.np_dtype, each.shape) for each in self.fields)
         has_text = any(each.is_text for each in self.fields)
         object.__setattr__(self, "_exact", () if has_text else exact)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fields' names in order."""
+        return tuple(field.name for field in self.fields)
 
     @property
     def time_field(self) -> Field:
